@@ -1,0 +1,116 @@
+"""Safe read of `<folder>/<name>.yaml`: characters, templates, presets, grammars.
+
+A name comes from a client, so it is never made into a path: it is compared with the names the
+folder lists. What is not listed (hidden files, links that leave the folder) cannot be read.
+"""
+
+import difflib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from modules.errors import DataFileNotFoundError, InvalidRequestError
+
+SUFFIXES = (".yaml", ".yml", ".json")
+
+_MAX_SHOWN_NAMES = 20
+_MAX_SHOWN_LENGTH = 80
+
+
+def load_data_file(folder: Path, name: str, suffixes: Sequence[str] = SUFFIXES) -> Any:
+    """What the file holds: JSON in `.json` files, else YAML. An empty YAML file is None.
+
+    Raises DataFileNotFoundError, or InvalidRequestError if the file cannot be understood.
+    """
+    path = find_data_file(folder, name, suffixes)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except OSError as error:
+        raise _broken(folder, path, error.strerror or "it cannot be read") from error
+    except UnicodeDecodeError as error:
+        raise _broken(folder, path, "it is not UTF-8 text") from error
+    except json.JSONDecodeError as error:
+        raise _broken(folder, path, f"line {error.lineno}: {error.msg}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise _broken(folder, path, _yaml_fault(error)) from error
+
+
+def find_data_file(folder: Path, name: str, suffixes: Sequence[str] = SUFFIXES) -> Path:
+    """The file of that name; `name` may carry its suffix. An earlier suffix wins.
+
+    Raises DataFileNotFoundError, with the nearest names there are.
+    """
+    files = {path.name: path for path in _list_files(folder, suffixes)}
+    for file_name in (*(name + suffix for suffix in suffixes), name):
+        if file_name in files:
+            return files[file_name]
+    raise _not_found(folder, name, list_data_files(folder, suffixes))
+
+
+def list_data_files(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> list[str]:
+    """The names that can be loaded, without suffix, sorted; none if there is no such folder."""
+    return sorted({path.stem for path in _list_files(folder, suffixes)}, key=_sort_key)
+
+
+def _list_files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    home = folder.resolve()
+    return [
+        path
+        for path in folder.iterdir()
+        if path.suffix in suffixes
+        and not path.name.startswith(".")
+        and path.is_file()
+        and path.resolve().is_relative_to(home)
+    ]
+
+
+def _sort_key(name: str) -> tuple[str, str]:
+    return name.casefold(), name
+
+
+def _not_found(folder: Path, name: str, known: list[str]) -> DataFileNotFoundError:
+    kind = _kind(folder)
+    message = f"There is no {kind} named {name[:_MAX_SHOWN_LENGTH]!r}"
+    if nearest := _nearest(name, known):
+        message += f"; did you mean {nearest!r}?"
+    else:
+        message += "."
+    if known:
+        more = ", ..." if len(known) > _MAX_SHOWN_NAMES else ""
+        message += f" Known: {', '.join(known[:_MAX_SHOWN_NAMES])}{more}"
+    return DataFileNotFoundError(message, _param(folder))
+
+
+def _nearest(name: str, known: list[str]) -> str | None:
+    by_folded = {entry.casefold(): entry for entry in known}
+    folded = name[:_MAX_SHOWN_LENGTH].casefold()
+    nearest = difflib.get_close_matches(folded, by_folded, n=1)
+    return by_folded[nearest[0]] if nearest else None
+
+
+def _broken(folder: Path, path: Path, reason: str) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"The {_kind(folder)} file {path.name} cannot be used: {reason}", _param(folder)
+    )
+
+
+def _yaml_fault(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    where = f"line {mark.line + 1}: " if mark else ""
+    return f"{where}{getattr(error, 'problem', None) or error}"
+
+
+def _kind(folder: Path) -> str:
+    """`instruction-templates` holds an instruction template."""
+    return folder.name.replace("-", " ").removesuffix("s")
+
+
+def _param(folder: Path) -> str:
+    """The request field that names such a file."""
+    return _kind(folder).replace(" ", "_")

@@ -1,0 +1,88 @@
+"""Every error this project raises on purpose. No status codes: the HTTP layer owns that mapping.
+
+ServerError
+├── SettingsError                    a flag, environment variable or settings key is wrong
+├── ExtensionError                   an extension cannot be found, imported or set up
+├── ModelError
+│   ├── ModelNotFoundError           no folder, file, package or hub entry has that name
+│   ├── ModelLoadError               it is there, and cannot be loaded
+│   └── NoModelLoadedError           the request needs a model and none is loaded
+├── InvalidRequestError              what the client asked for makes no sense; names the field
+│   ├── ContextLengthExceededError   the prompt does not fit into the model's context
+│   ├── DataFileNotFoundError        no such character, template, preset or grammar
+│   └── TemplateError                a chat template does not compile, or refuses the messages
+└── EngineError
+    ├── EngineDeadError              the inference thread has ended; nothing can be generated
+    └── GenerationAbortedError       this generation was ended by the server, not by the client
+"""
+
+
+class ServerError(Exception):
+    """Base of the tree; its text is always fit to be shown to the person who caused it."""
+
+
+class SettingsError(ServerError):
+    pass
+
+
+class ExtensionError(ServerError):
+    pass
+
+
+class ModelError(ServerError):
+    pass
+
+
+class ModelNotFoundError(ModelError):
+    pass
+
+
+class ModelLoadError(ModelError):
+    pass
+
+
+class NoModelLoadedError(ModelError):
+    def __init__(self) -> None:
+        super().__init__("No model is loaded. Start the server with --model NAME.")
+
+
+class InvalidRequestError(ServerError):
+    """The request cannot be served as it is. `param` is the wire name of the field at fault."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class ContextLengthExceededError(InvalidRequestError):
+    def __init__(
+        self, max_model_len: int, num_prompt_tokens: int, param: str | None = None
+    ) -> None:
+        super().__init__(
+            f"This model's maximum context length is {max_model_len} tokens, and the prompt has "
+            f"{num_prompt_tokens}. Please shorten the prompt; at least one token must be left "
+            "for the reply.",
+            param,
+        )
+        self.max_model_len = max_model_len
+        self.num_prompt_tokens = num_prompt_tokens
+
+
+class DataFileNotFoundError(InvalidRequestError):
+    pass
+
+
+class TemplateError(InvalidRequestError):
+    pass
+
+
+class EngineError(ServerError):
+    pass
+
+
+class EngineDeadError(EngineError):
+    pass
+
+
+class GenerationAbortedError(EngineError):
+    pass
