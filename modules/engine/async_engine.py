@@ -1,0 +1,162 @@
+"""AsyncEngine: the inference thread, and the only bridge between it and the event loop.
+
+Commands go down through one inbox; all outputs of a step come up in one call to the loop. One
+thread, because the engine is synchronous and the state of CUDA is bound to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import queue
+import threading
+import traceback
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+
+from modules.engine.engine import Engine
+from modules.engine.outputs import TokenOutput
+from modules.engine.sequence import SequenceRequest
+from modules.errors import EngineDeadError, GenerationAbortedError, ServerError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Add:
+    requests: tuple[SequenceRequest, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Abort:
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Stop:
+    pass
+
+
+@dataclass(slots=True)
+class _Stream:
+    """What one `generate` still waits for; touched on the event loop only."""
+
+    open_ids: set[str]
+    inbox: asyncio.Queue[list[TokenOutput] | ServerError] = field(default_factory=asyncio.Queue)
+
+
+class AsyncEngine:
+    """Starts its thread when made; `stop` ends it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._commands: queue.SimpleQueue[_Add | _Abort | _Stop] = queue.SimpleQueue()
+        self._streams: dict[str, _Stream] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._death: str | None = None
+        self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
+        self._thread.start()
+
+    # On the event loop
+
+    def check_health(self) -> None:
+        """Raises EngineDeadError when nothing can be generated any more."""
+        if self._death is not None:
+            raise EngineDeadError(self._death)
+
+    async def generate(
+        self, requests: Sequence[SequenceRequest]
+    ) -> AsyncGenerator[list[TokenOutput], None]:
+        """All outputs of the requests, a list per step, until each is finished or aborted.
+
+        Closing the generator aborts what is still running.
+
+        Raises:
+            EngineDeadError: the inference thread has ended, before or meanwhile.
+            GenerationAbortedError: the engine was stopped meanwhile.
+        """
+        self.check_health()
+        self._loop = asyncio.get_running_loop()
+        stream = _Stream({request.request_id for request in requests})
+        self._streams.update(dict.fromkeys(stream.open_ids, stream))
+        self._commands.put(_Add(tuple(requests)))
+        try:
+            while stream.open_ids or not stream.inbox.empty():
+                outputs = await stream.inbox.get()
+                if isinstance(outputs, ServerError):
+                    raise outputs
+                yield outputs
+        finally:
+            for request_id in tuple(stream.open_ids):
+                self.abort(request_id)
+
+    def abort(self, request_id: str) -> None:
+        """End one sequence of a running `generate`; idempotent."""
+        stream = self._streams.pop(request_id, None)
+        if stream is not None:
+            stream.open_ids.discard(request_id)
+            self._commands.put(_Abort(request_id))
+
+    def stop(self) -> None:
+        """End the thread; what is still running fails with GenerationAbortedError."""
+        self._commands.put(_Stop())
+        self._thread.join()
+
+    def _deliver(self, outputs: list[TokenOutput]) -> None:
+        batches: dict[int, tuple[_Stream, list[TokenOutput]]] = {}
+        for output in outputs:
+            stream = self._streams.get(output.request_id)
+            if stream is None:
+                continue  # aborted while the step was running
+            batches.setdefault(id(stream), (stream, []))[1].append(output)
+            if output.finish_reason is not None:
+                del self._streams[output.request_id]
+                stream.open_ids.discard(output.request_id)
+        for stream, batch in batches.values():
+            stream.inbox.put_nowait(batch)
+
+    def _fail_all(self, error: ServerError) -> None:
+        streams = {id(stream): stream for stream in self._streams.values()}
+        self._streams.clear()
+        for stream in streams.values():
+            stream.open_ids.clear()
+            stream.inbox.put_nowait(error)
+
+    # On the inference thread
+
+    def _run(self) -> None:
+        try:
+            while self._obey_commands():
+                self._publish(self._engine.step())
+        except Exception as error:  # the edge of the thread: every open request must hear of it
+            # Not the message: it may quote a prompt.
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            logger.error("Inference ended: %s at %s:%s", type(error).__name__, *where[:2])
+            self._die(EngineDeadError("The model has failed; the server must be restarted."))
+        else:
+            self._die(GenerationAbortedError("The model was unloaded."))
+
+    def _obey_commands(self) -> bool:
+        """Carry out the inbox, waiting for a command if there is nothing to do; False to stop."""
+        while not self._commands.empty() or not self._engine.has_unfinished:
+            match self._commands.get():
+                case _Add(requests):
+                    for request in requests:
+                        self._engine.add(request)
+                case _Abort(request_id):
+                    self._engine.abort(request_id)
+                case _Stop():
+                    return False
+        return True
+
+    def _publish(self, outputs: list[TokenOutput]) -> None:
+        if outputs and self._loop is not None:
+            self._loop.call_soon_threadsafe(self._deliver, outputs)
+
+    def _die(self, error: ServerError) -> None:
+        self._death = str(error)
+        if self._loop is not None:
+            # a loop that is closed has nobody left to tell
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._fail_all, error)

@@ -1,0 +1,72 @@
+"""ModelRunner: the only place where token ids become tensors. Batch in, sampled tokens out."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from modules.engine.attention import ATTENTION_NAME, AttentionBatch, Segment
+from modules.engine.kv_cache import KVCache
+from modules.engine.sampler import sample
+from modules.engine.scheduler import SampledToken, ScheduledBatch
+
+
+def can_batch(model: PreTrainedModel) -> bool:
+    """Whether the model's code hands its attention to the function that its configuration names."""
+    return (
+        bool(getattr(model, "_supports_attention_backend", False))
+        and not model.config.is_encoder_decoder
+    )
+
+
+class ModelRunner:
+    def __init__(self, model: PreTrainedModel) -> None:
+        model.set_attn_implementation(ATTENTION_NAME)
+        self._model = model.eval()
+        self._device = model.device
+        self._can_select_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._kv_cache = KVCache()
+
+    @torch.inference_mode()
+    def run(self, batch: ScheduledBatch) -> list[SampledToken]:
+        """Read the batch's tokens; a sampled token for each of `batch.sampled`, in order."""
+        for slot in batch.released_slots:
+            self._kv_cache.release(slot)
+        logits = self._forward(batch)
+        if not batch.sampled:
+            return []
+        return sample(logits, [item.seq for item in batch.sampled])
+
+    def _forward(self, batch: ScheduledBatch) -> Tensor:
+        """Logits of the sequences that are sampled, [num_sampled, vocab_size], float32."""
+        token_ids, positions, segments, last_rows = _pack(batch)
+        last = torch.tensor(last_rows, device=self._device, dtype=torch.long)
+        output = self._model(
+            input_ids=torch.tensor([token_ids], device=self._device),
+            position_ids=torch.tensor([positions], device=self._device),
+            use_cache=False,
+            attention_batch=AttentionBatch(segments, self._kv_cache),
+            **({"logits_to_keep": last} if self._can_select_logits else {}),
+        )
+        logits: Tensor = output.logits[0] if self._can_select_logits else output.logits[0, last]
+        return logits.float()
+
+
+def _pack(
+    batch: ScheduledBatch,
+) -> tuple[list[int], list[int], tuple[Segment, ...], list[int]]:
+    """All tokens in one row: ids, positions, segments, and the rows whose logits are sampled."""
+    token_ids: list[int] = []
+    positions: list[int] = []
+    segments = []
+    last_rows = []
+    for item in batch.items:
+        segments.append(Segment(item.slot, item.capacity, len(token_ids), item.start, item.end))
+        token_ids += item.seq.token_ids[item.start : item.end]
+        positions += range(item.start, item.end)
+        if item.is_last_chunk:
+            last_rows.append(len(token_ids) - 1)
+    return token_ids, positions, tuple(segments), last_rows

@@ -1,0 +1,22 @@
+"""What leaves the engine: one TokenOutput per sampled token."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOutput:
+    request_id: str
+    token_id: int
+    finish_reason: FinishReason | None = None
+    """Set on the last token of a sequence. An end-of-sequence token is reported like any other."""
+    num_cached_tokens: int = 0
+    """Prompt tokens whose keys and values did not have to be computed."""
+    logprob: float | None = None
+    """Natural logarithm of the token's probability before sampling filters, when asked for."""

@@ -1,0 +1,172 @@
+"""Scheduler: which sequences step now, with how many tokens, and which of them have ended.
+
+There is no prefill phase and no decode phase: every running sequence has tokens that the model has
+not read, and a step reads some of them. Sequences that only miss their last token go first, so a
+long prompt is read in chunks beside running streams and never stops them. Integers only; no
+tensor, no text.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from modules.engine.cache_manager import CacheManager
+from modules.engine.outputs import FinishReason, TokenOutput
+from modules.engine.sequence import Sequence, SequenceStatus
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledSequence:
+    """The tokens `seq.token_ids[start:end]` are read in this step."""
+
+    seq: Sequence
+    slot: int
+    capacity: int
+    start: int
+    end: int
+    is_last_chunk: bool
+    """All tokens are read after this step, so the next one can be sampled."""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledBatch:
+    items: tuple[ScheduledSequence, ...]
+    released_slots: tuple[int, ...]
+    """Slots freed since the last step; one of them may already be in use again."""
+
+    @property
+    def sampled(self) -> tuple[ScheduledSequence, ...]:
+        """The items that get a new token, in order."""
+        return tuple(item for item in self.items if item.is_last_chunk)
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    token_id: int
+    logprob: float | None = None
+
+
+class Scheduler:
+    """First come, first served; when the cache is full the youngest waits and starts over."""
+
+    def __init__(
+        self,
+        cache_manager: CacheManager,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        eos_token_ids: frozenset[int],
+    ) -> None:
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self._cache = cache_manager
+        self._max_num_seqs = max_num_seqs
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._eos_token_ids = eos_token_ids
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def add(self, seq: Sequence) -> None:
+        self.waiting.append(seq)
+
+    def schedule(self) -> ScheduledBatch:
+        items = self._schedule_running()
+        items += self._admit(self._max_num_batched_tokens - sum(i.num_tokens for i in items))
+        return ScheduledBatch(tuple(items), self._cache.take_released())
+
+    def update(self, batch: ScheduledBatch, sampled: list[SampledToken]) -> list[TokenOutput]:
+        """Record what a step did; `sampled` holds a token for each of `batch.sampled`."""
+        for item in batch.items:
+            item.seq.num_computed_tokens = item.end
+        return [
+            self._append(item.seq, token)
+            for item, token in zip(batch.sampled, sampled, strict=True)
+        ]
+
+    def finish(self, seq: Sequence, reason: FinishReason) -> None:
+        """End `seq` wherever it stands and free what it holds; idempotent."""
+        if seq.is_finished:
+            return
+        if seq.status is SequenceStatus.RUNNING:
+            self.running.remove(seq)
+        else:
+            self.waiting.remove(seq)
+        self._cache.free(seq)
+        seq.status = SequenceStatus.FINISHED
+        seq.finish_reason = reason
+
+    def _schedule_running(self) -> list[ScheduledSequence]:
+        budget = self._max_num_batched_tokens
+        items: list[ScheduledSequence] = []
+        for seq in sorted(self.running, key=lambda seq: seq.num_uncomputed_tokens > 1):
+            if not budget or seq.status is not SequenceStatus.RUNNING:
+                continue
+            if not self._make_room(seq, items):
+                continue
+            items.append(self._build_item(seq, budget))
+            budget -= items[-1].num_tokens
+        return items
+
+    def _admit(self, budget: int) -> list[ScheduledSequence]:
+        items = []
+        while budget and self.waiting and len(self.running) < self._max_num_seqs:
+            seq = self.waiting[0]
+            if not self._cache.can_allocate(seq):
+                break
+            self.waiting.popleft()
+            self._cache.allocate(seq)
+            seq.status = SequenceStatus.RUNNING
+            self.running.append(seq)
+            items.append(self._build_item(seq, budget))
+            budget -= items[-1].num_tokens
+        return items
+
+    def _build_item(self, seq: Sequence, budget: int) -> ScheduledSequence:
+        start = seq.num_computed_tokens
+        end = min(len(seq.token_ids), start + budget)
+        assert seq.slot is not None
+        return ScheduledSequence(
+            seq, seq.slot, self._cache.capacity(seq), start, end, end == len(seq.token_ids)
+        )
+
+    def _make_room(self, seq: Sequence, scheduled: list[ScheduledSequence]) -> bool:
+        """Let `seq` keep its tokens, at the cost of younger ones; False if it must wait itself."""
+        taken = {id(item.seq) for item in scheduled}
+        while not self._cache.can_append(seq):
+            victim = next(other for other in reversed(self.running) if id(other) not in taken)
+            self._preempt(victim)
+            if victim is seq:
+                return False
+        self._cache.append(seq)
+        return True
+
+    def _preempt(self, seq: Sequence) -> None:
+        self.running.remove(seq)
+        self._cache.free(seq)
+        seq.num_computed_tokens = 0
+        seq.status = SequenceStatus.WAITING
+        self.waiting.appendleft(seq)
+
+    def _append(self, seq: Sequence, token: SampledToken) -> TokenOutput:
+        seq.token_ids.append(token.token_id)
+        reason = self._finish_reason(seq, token.token_id)
+        if reason is not None:
+            self.finish(seq, reason)
+        return TokenOutput(
+            seq.request_id, token.token_id, reason, seq.num_cached_tokens, token.logprob
+        )
+
+    def _finish_reason(self, seq: Sequence, token_id: int) -> FinishReason | None:
+        if token_id in seq.params.stop_token_ids:
+            return FinishReason.STOP
+        if token_id in self._eos_token_ids and not seq.params.ignore_eos:
+            return FinishReason.STOP
+        if seq.num_output_tokens >= seq.max_tokens:
+            return FinishReason.LENGTH
+        return None

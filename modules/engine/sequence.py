@@ -1,0 +1,65 @@
+"""Sequence: the state of one generation inside the engine."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from modules.engine.outputs import FinishReason
+from modules.engine.sampling_params import SamplingParams
+
+
+class SequenceStatus(Enum):
+    WAITING = auto()
+    RUNNING = auto()
+    FINISHED = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceRequest:
+    """What a caller asks of the engine: continue these token ids in that way."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams = SamplingParams()
+
+
+class Sequence:
+    """Tokens of a prompt and its output, and how far the model has read them.
+
+    Owned by the scheduler (status, counts); the slot belongs to the cache manager while it is set.
+    """
+
+    def __init__(self, request: SequenceRequest, max_model_len: int) -> None:
+        params = request.params
+        self.request_id = request.request_id
+        self.params = params
+        self.status = SequenceStatus.WAITING
+        self.finish_reason: FinishReason | None = None
+        self.token_ids = list(request.prompt_token_ids)
+        self.num_prompt_tokens = len(request.prompt_token_ids)
+        self.num_computed_tokens = 0
+        self.num_cached_tokens = 0
+        self.slot: int | None = None
+        room = max_model_len - self.num_prompt_tokens
+        self.max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+        # One generator per sequence: what else runs cannot change what it draws.
+        self.generator = random.Random(params.seed)
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Tokens whose keys and values are still to be computed; 1 while decoding."""
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status is SequenceStatus.FINISHED

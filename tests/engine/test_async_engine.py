@@ -1,0 +1,126 @@
+"""The bridge between the event loop and the inference thread, over a tiny real model."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from contextlib import aclosing
+
+import pytest
+
+from modules.engine.async_engine import AsyncEngine
+from modules.errors import EngineDeadError, GenerationAbortedError
+from tests.engine.conftest import request, run, token_ids
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+def engine(make_engine):
+    engine = AsyncEngine(make_engine())
+    yield engine
+    engine.stop()
+
+
+async def collect(engine: AsyncEngine, *requests) -> dict[str, list[int]]:
+    tokens: dict[str, list[int]] = {}
+    async with aclosing(engine.generate(requests)) as steps:
+        async for outputs in steps:
+            for output in outputs:
+                tokens.setdefault(output.request_id, []).append(output.token_id)
+    return tokens
+
+
+async def until_idle(engine: AsyncEngine) -> None:
+    """A command that is answered: everything put in before it has been carried out."""
+    await collect(engine, request("probe", [5], max_tokens=1))
+
+
+async def test_many_callers_get_what_one_gets(engine, make_engine) -> None:
+    wishes = [request(str(n), list(range(5, 6 + n)), max_tokens=10) for n in range(32)]
+    results = await asyncio.gather(*(collect(engine, wish) for wish in wishes))
+    for wish, result in zip(wishes, results, strict=True):
+        alone = make_engine()
+        alone.add(wish)
+        assert result == {k: token_ids(v) for k, v in run(alone).items()}
+
+
+async def test_several_sequences_in_one_call(engine) -> None:
+    names = [str(n) for n in range(5)]
+    result = await collect(engine, *(request(n, [5, 6], max_tokens=3 + int(n)) for n in names))
+    assert {name: len(tokens) for name, tokens in result.items()} == {n: 3 + int(n) for n in names}
+
+
+async def test_leaving_frees_the_slot(engine) -> None:
+    steps = engine.generate([request("a", [5, 6], max_tokens=400)])
+    await anext(steps)
+    await steps.aclose()
+    await until_idle(engine)
+    assert not engine._engine.has_unfinished
+    engine._engine.cache_manager.check_integrity()
+    assert not engine._streams
+
+
+async def test_cancelled_while_waiting_frees_the_slot(engine) -> None:
+    task = asyncio.create_task(collect(engine, request("a", [5, 6], max_tokens=500)))
+    while not engine._engine.has_unfinished:
+        await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await until_idle(engine)
+    assert not engine._engine.has_unfinished
+
+
+async def test_abort_of_one_lets_the_other_go_on(engine) -> None:
+    wishes = [request("a", [5], max_tokens=300), request("b", [6], max_tokens=20)]
+    counts = {"a": 0, "b": 0}
+    async with aclosing(engine.generate(wishes)) as steps:
+        async for outputs in steps:
+            for output in outputs:
+                counts[output.request_id] += 1
+            engine.abort("a")
+            engine.abort("a")
+    assert counts["b"] == 20
+    assert counts["a"] < 300
+
+
+async def test_a_fault_of_the_thread_reaches_every_open_request(engine, caplog) -> None:
+    class Broken:
+        def run(self, batch: object) -> list:
+            raise ValueError("the secret prompt")
+
+    streams = [engine.generate([request(str(n), [5], max_tokens=400)]) for n in range(2)]
+    for stream in streams:
+        await anext(stream)
+    with caplog.at_level(logging.ERROR):
+        engine._engine.runner = Broken()
+        for stream in streams:
+            with pytest.raises(EngineDeadError):
+                async for _ in stream:
+                    pass
+    with pytest.raises(EngineDeadError):
+        engine.check_health()
+    with pytest.raises(EngineDeadError):
+        await collect(engine, request("late", [5]))
+    assert "ValueError" in caplog.text
+    assert "secret" not in caplog.text
+
+
+async def test_stop_ends_what_is_running(make_engine) -> None:
+    engine = AsyncEngine(make_engine())
+    stream = engine.generate([request("a", [5], max_tokens=500)])
+    await anext(stream)
+    await asyncio.to_thread(engine.stop)
+    with pytest.raises(GenerationAbortedError):
+        async for _ in stream:
+            pass
+    assert not any(
+        thread.name == "inference" and thread is engine._thread for thread in threading.enumerate()
+    )

@@ -1,0 +1,177 @@
+"""The engine against transformers' own generate, and what it holds afterwards."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from modules.engine.engine import Engine
+from modules.engine.outputs import FinishReason
+from tests.engine.conftest import CONFIGS, VOCAB_SIZE, build_model, request, run, token_ids
+
+
+def random_prompts(count: int, longest: int = 60, seed: int = 3) -> list[list[int]]:
+    draw = random.Random(seed)
+    lengths = [draw.randrange(1, longest) for _ in range(count)]
+    return [[draw.randrange(3, VOCAB_SIZE) for _ in range(length)] for length in lengths]
+
+
+def generate(model: PreTrainedModel, prompt: list[int], **options: object) -> list[int]:
+    ids = torch.tensor([prompt])
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, **options}
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    return output[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_ragged_staggered_batch_equals_generate(name: str, make_engine) -> None:
+    model = build_model(name)
+    engine = make_engine(model, max_num_batched_tokens=16, max_num_seqs=5)
+    prompts = random_prompts(9)
+    outputs: dict[str, list] = {}
+    for number, prompt in enumerate(prompts):
+        engine.add(request(str(number), prompt))
+        for _ in range(number % 3):  # the next one arrives while this one is running
+            for output in engine.step():
+                outputs.setdefault(output.request_id, []).append(output)
+    for name_, rest in run(engine).items():
+        outputs.setdefault(name_, []).extend(rest)
+
+    for number, prompt in enumerate(prompts):
+        assert token_ids(outputs[str(number)]) == generate(model, prompt), f"prompt {number}"
+
+
+def test_growing_past_a_block_equals_generate(make_engine, tiny_model) -> None:
+    engine = make_engine()
+    prompt = random_prompts(1, seed=5)[0]
+    engine.add(request("long", prompt, max_tokens=300))
+    assert token_ids(run(engine)["long"]) == generate(tiny_model, prompt, max_new_tokens=300)
+
+
+def test_preempted_sequences_start_over_and_end_the_same(make_engine, tiny_model) -> None:
+    # Four blocks of 128 tokens for six sequences of 100 + 100: they cannot all stay.
+    engine = make_engine(max_model_len=512, num_cache_tokens=512, max_num_seqs=6)
+    prompts = [prompt * 4 for prompt in random_prompts(6, 30)]
+    for number, prompt in enumerate(prompts):
+        engine.add(request(str(number), prompt, max_tokens=100))
+    preempted = []
+    preempt = engine.scheduler._preempt
+    engine.scheduler._preempt = lambda seq: (preempted.append(seq.request_id), preempt(seq))[1]
+    outputs = run(engine)
+    assert preempted
+    for number, prompt in enumerate(prompts):
+        expected = generate(tiny_model, prompt, max_new_tokens=100)
+        assert token_ids(outputs[str(number)]) == expected
+
+
+def test_repetition_penalty_equals_generate(make_engine, tiny_model) -> None:
+    prompts = random_prompts(3)
+    engine = make_engine()
+    for number, prompt in enumerate(prompts):
+        wish = {"repetition_penalty": 1.5, "repetition_penalty_range": 0}
+        engine.add(request(str(number), prompt, **wish, max_tokens=30))
+    outputs = run(engine)
+    for number, prompt in enumerate(prompts):
+        expected = generate(tiny_model, prompt, repetition_penalty=1.5, max_new_tokens=30)
+        assert token_ids(outputs[str(number)]) == expected
+
+
+def test_a_long_prompt_does_not_stop_running_streams(make_engine) -> None:
+    engine = make_engine(max_num_batched_tokens=16)
+    engine.add(request("stream", [5, 6, 7], max_tokens=40))
+    engine.step()
+    engine.add(request("long", random_prompts(1, 400, seed=8)[0] * 2, max_tokens=1))
+    while any(seq.request_id == "long" for seq in _unfinished(engine)):
+        assert "stream" in {output.request_id for output in engine.step()}
+
+
+def _unfinished(engine: Engine) -> list:
+    return [*engine.scheduler.running, *engine.scheduler.waiting]
+
+
+@pytest.mark.parametrize(
+    ("params", "reason", "count"),
+    [
+        ({"max_tokens": 3}, FinishReason.LENGTH, 3),
+        ({"max_tokens": None}, FinishReason.LENGTH, 64 - 4),
+        ({"max_tokens": 1000}, FinishReason.LENGTH, 64 - 4),
+    ],
+)
+def test_length_ends(make_engine, params, reason, count) -> None:
+    engine = make_engine(max_model_len=64)
+    engine.add(request("a", [5, 6, 7, 8], **params))
+    outputs = run(engine)["a"]
+    assert len(outputs) == count
+    assert outputs[-1].finish_reason is reason
+    assert all(output.finish_reason is None for output in outputs[:-1])
+
+
+def test_end_of_sequence_tokens(make_engine, tiny_model) -> None:
+    expected = generate(tiny_model, [5, 6, 7])
+    eos = expected[4]
+    first = expected.index(eos)
+    ignoring = make_engine(eos_token_ids=frozenset({eos}))
+    ignoring.add(request("stops", [5, 6, 7]))
+    ignoring.add(request("ignores", [5, 6, 7], ignore_eos=True))
+    ignoring.add(request("own", [5, 6, 7], ignore_eos=True, stop_token_ids=(expected[0],)))
+    outputs = run(ignoring)
+    assert token_ids(outputs["stops"]) == expected[: first + 1]
+    assert outputs["stops"][-1].finish_reason is FinishReason.STOP
+    assert token_ids(outputs["ignores"]) == expected
+    assert token_ids(outputs["own"]) == expected[:1]
+
+
+def test_abort_frees_at_once_wherever_the_sequence_is(make_engine) -> None:
+    engine = make_engine(max_num_seqs=2, max_num_batched_tokens=8)
+    for name in ("running", "reading", "waiting"):
+        engine.add(request(name, list(range(5, 35)), max_tokens=50))
+    for _ in range(5):
+        engine.step()
+    free = engine.cache_manager.num_free_blocks
+    for name in ("waiting", "reading", "running", "running", "unknown"):
+        engine.abort(name)
+        engine.cache_manager.check_integrity()
+    assert not engine.has_unfinished
+    assert free < engine.cache_manager.num_free_blocks == engine.cache_manager.num_blocks
+
+
+def test_same_seed_same_tokens_alone_or_in_company(make_engine) -> None:
+    prompts = random_prompts(12)
+    wishes = [
+        {"temperature": 1.0},
+        {"temperature": 0.8, "top_p": 0.9},
+        {"temperature": 1.3, "top_k": 20, "min_p": 0.05},
+        {"temperature": 0.9, "presence_penalty": 1.0, "frequency_penalty": 0.5},
+    ]
+    together = make_engine()
+    alone = {}
+    for number, prompt in enumerate(prompts):
+        wish = request(str(number), prompt, seed=number, **wishes[number % 4])
+        together.add(wish)
+        engine = make_engine()
+        engine.add(wish)
+        alone |= run(engine)
+    assert {k: token_ids(v) for k, v in run(together).items()} == {
+        k: token_ids(v) for k, v in alone.items()
+    }
+
+
+def test_without_a_seed_every_run_differs(make_engine) -> None:
+    engine = make_engine()
+    for number in range(2):
+        engine.add(request(str(number), [5, 6, 7], temperature=2.0, max_tokens=20))
+    outputs = run(engine)
+    assert token_ids(outputs["0"]) != token_ids(outputs["1"])
+
+
+def test_memory_of_ended_sequences_is_given_back(make_engine) -> None:
+    engine = make_engine()
+    for number in range(8):
+        engine.add(request(str(number), [5, 6, 7]))
+    run(engine)
+    engine.add(request("next", [5]))
+    engine.step()
+    assert len(engine.runner._kv_cache._slots) == 1

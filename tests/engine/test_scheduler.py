@@ -1,0 +1,100 @@
+"""Who steps with how many tokens: integers only."""
+
+from __future__ import annotations
+
+from modules.engine.cache_manager import BLOCK_SIZE, CacheManager
+from modules.engine.outputs import FinishReason, TokenOutput
+from modules.engine.sampling_params import SamplingParams
+from modules.engine.scheduler import SampledToken, ScheduledBatch, Scheduler
+from modules.engine.sequence import Sequence, SequenceRequest, SequenceStatus
+
+
+def build(num_slots: int = 8, num_blocks: int = 64, budget: int = 100) -> Scheduler:
+    cache = CacheManager(num_slots, num_blocks)
+    return Scheduler(cache, num_slots, budget, eos_token_ids=frozenset({2}))
+
+
+def add(scheduler: Scheduler, name: str, num_tokens: int, **params: object) -> Sequence:
+    wishes = SamplingParams(**params)  # type: ignore[arg-type]
+    seq = Sequence(SequenceRequest(name, tuple(range(10, 10 + num_tokens)), wishes), 5000)
+    scheduler.add(seq)
+    return seq
+
+
+def step(scheduler: Scheduler, token_id: int = 9) -> tuple[ScheduledBatch, list[TokenOutput]]:
+    batch = scheduler.schedule()
+    return batch, scheduler.update(batch, [SampledToken(token_id)] * len(batch.sampled))
+
+
+def spans(batch: ScheduledBatch) -> dict[str, tuple[int, int]]:
+    return {item.seq.request_id: (item.start, item.end) for item in batch.items}
+
+
+def test_a_long_prompt_is_read_in_chunks_beside_decoding_ones() -> None:
+    scheduler = build(budget=100)
+    add(scheduler, "short", 10)
+    add(scheduler, "long", 250)
+    add(scheduler, "late", 10)
+    assert spans(step(scheduler)[0]) == {"short": (0, 10), "long": (0, 90)}
+    batch, outputs = step(scheduler)
+    assert spans(batch) == {"short": (10, 11), "long": (90, 189)}
+    assert [output.request_id for output in outputs] == ["short"]
+    assert spans(step(scheduler)[0]) == {"short": (11, 12), "long": (189, 250), "late": (0, 10)}
+
+
+def test_first_come_first_served_even_if_a_later_one_would_fit() -> None:
+    scheduler = build(num_blocks=4)
+    add(scheduler, "a", 2 * BLOCK_SIZE)
+    big = add(scheduler, "big", 3 * BLOCK_SIZE)
+    small = add(scheduler, "small", 1)
+    step(scheduler)
+    assert big.status is small.status is SequenceStatus.WAITING
+
+
+def test_the_youngest_is_preempted_and_starts_over() -> None:
+    scheduler = build(num_blocks=2, budget=1000)
+    old = add(scheduler, "old", BLOCK_SIZE)
+    young = add(scheduler, "young", BLOCK_SIZE)
+    step(scheduler)
+    batch, _ = step(scheduler)  # each needs a second block, and there is none
+    assert spans(batch) == {"old": (BLOCK_SIZE, BLOCK_SIZE + 1)}
+    assert young.status is SequenceStatus.WAITING
+    assert (young.slot, young.num_computed_tokens, young.num_output_tokens) == (None, 0, 1)
+    scheduler.finish(old, FinishReason.ABORT)
+    assert spans(step(scheduler)[0]) == {"young": (0, BLOCK_SIZE + 1)}
+
+
+def test_ends_at_eos_stop_tokens_and_length() -> None:
+    scheduler = build()
+    add(scheduler, "eos", 3)
+    add(scheduler, "ignores", 3, ignore_eos=True)
+    add(scheduler, "one", 3, max_tokens=1, ignore_eos=True)
+    add(scheduler, "stops", 3, stop_token_ids=(2,), ignore_eos=True)
+    _, outputs = step(scheduler, token_id=2)
+    assert {output.request_id: output.finish_reason for output in outputs} == {
+        "eos": FinishReason.STOP,
+        "ignores": None,
+        "one": FinishReason.LENGTH,
+        "stops": FinishReason.STOP,
+    }
+    assert [seq.request_id for seq in scheduler.running] == ["ignores"]
+
+
+def test_finish_is_idempotent_in_every_state() -> None:
+    scheduler = build(num_slots=1)
+    running, waiting = add(scheduler, "running", 3), add(scheduler, "waiting", 3)
+    step(scheduler)
+    for seq in (running, waiting, running, waiting):
+        scheduler.finish(seq, FinishReason.ABORT)
+        assert seq.is_finished
+    assert not scheduler.has_unfinished
+
+
+def test_the_cached_slots_of_ended_sequences_are_announced() -> None:
+    scheduler = build(num_slots=1)
+    add(scheduler, "a", 3, max_tokens=1)
+    add(scheduler, "b", 3)
+    step(scheduler)
+    batch, _ = step(scheduler)
+    assert batch.released_slots == (0,)
+    assert batch.items[0].slot == 0
