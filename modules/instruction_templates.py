@@ -1,0 +1,502 @@
+"""Instruction templates: which one a model or a request uses, and messages → text through it.
+
+A template is Jinja text that may come from a stranger: it runs in a sandbox, in bounded time, to a
+bounded length. Knows nothing of modes, characters and requests: that is chat.py.
+"""
+
+import json
+import re
+import time
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence, Sized
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2 import nodes
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.runtime import Context
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+from modules.data_files import load_data_file
+from modules.errors import (
+    DataFileNotFoundError,
+    InvalidRequestError,
+    SettingsError,
+    TemplateError,
+)
+
+TEMPLATES_FOLDER = "instruction-templates"
+CONFIG_FILES = ("config", "config-user")
+MAX_TEMPLATE_CHARS = 64 * 1024
+MAX_RENDERED_CHARS = 4_000_000
+MAX_RENDER_SECONDS = 1.0
+
+
+class TemplateSource(StrEnum):
+    REQUEST = "request"
+    SETTINGS = "settings"
+    MODEL = "model"
+    CONFIG = "models/config.yaml"
+    DEFAULT = "default"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatTemplate:
+    """A Jinja text that turns messages into a prompt."""
+
+    text: str
+    name: str
+    source: TemplateSource
+    reason: str = ""
+    """Why this one, in words for the start-up line."""
+    special_tokens: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """The tokenizer's, by name: bos_token, eos_token and so on."""
+    param: str | None = None
+    """Wire name of the field that brought it, for errors."""
+
+    @property
+    def takes_generation_prompt(self) -> bool:
+        """False for templates that cannot open the assistant's turn on their own."""
+        return "add_generation_prompt" in self.text
+
+
+# Which template
+
+
+def choose_template(
+    *,
+    root: Path,
+    model_name: str,
+    model_chat_template: str | Mapping[str, str] | None = None,
+    special_tokens: Mapping[str, str] | None = None,
+    vocabulary: Container[str] = (),
+    settings_name: str | None = None,
+    settings_text: str | None = None,
+) -> ChatTemplate:
+    """A model's template: settings > its own > models/config.yaml > ChatML if it knows it > Alpaca.
+
+    `root` holds instruction-templates/ and models/.
+    Raises DataFileNotFoundError, TemplateError, SettingsError.
+    """
+    tokens = dict(special_tokens or {})
+    if settings_text:
+        reason = "instruction_template_str in the settings"
+        return _build_template(
+            settings_text,
+            name="custom",
+            source=TemplateSource.SETTINGS,
+            reason=reason,
+            special_tokens=tokens,
+        )
+    note = ""
+    if not _is_given(settings_name) and (own := _pick_own_text(model_chat_template)):
+        try:
+            return _build_template(
+                own,
+                name="the model's own",
+                source=TemplateSource.MODEL,
+                reason="it comes with the model",
+                special_tokens=tokens,
+            )
+        except TemplateError as error:
+            note = f" ({error})"
+    name, source, reason = _choose_name(root, model_name, vocabulary, settings_name)
+    return _load_template(root, name, source=source, reason=reason + note, special_tokens=tokens)
+
+
+def _choose_name(
+    root: Path, model_name: str, vocabulary: Container[str], settings_name: str | None
+) -> tuple[str, TemplateSource, str]:
+    if settings_name and _is_given(settings_name):
+        return settings_name, TemplateSource.SETTINGS, "instruction_template in the settings"
+    if name := match_model_config(root, model_name).get("instruction_template"):
+        reason = "models/config.yaml or config-user.yaml names it for this model"
+        return str(name), TemplateSource.CONFIG, reason
+    if "<|im_start|>" in vocabulary:
+        return "ChatML", TemplateSource.DEFAULT, "the model knows <|im_start|>"
+    return "Alpaca", TemplateSource.DEFAULT, "nothing says which one this model was trained with"
+
+
+def override_template(
+    model_template: ChatTemplate, *, root: Path, name: str | None = None, text: str | None = None
+) -> ChatTemplate:
+    """The template that a request asks for, by text or else by name; without a wish, the model's.
+
+    Raises DataFileNotFoundError, TemplateError.
+    """
+    tokens = model_template.special_tokens
+    if text:
+        return build_request_template(text, "instruction_template_str", tokens)
+    if name and _is_given(name):
+        return _load_template(
+            root,
+            name,
+            source=TemplateSource.REQUEST,
+            special_tokens=tokens,
+            param="instruction_template",
+        )
+    return model_template
+
+
+def build_request_template(
+    text: str, param: str, special_tokens: Mapping[str, str]
+) -> ChatTemplate:
+    """A template from the text in the request field `param`. Raises TemplateError."""
+    if len(text) > MAX_TEMPLATE_CHARS:
+        raise TemplateError(
+            f"{param} has {len(text)} characters; at most {MAX_TEMPLATE_CHARS} are allowed.", param
+        )
+    return _build_template(
+        text,
+        name=param,
+        source=TemplateSource.REQUEST,
+        special_tokens=special_tokens,
+        param=param,
+    )
+
+
+def match_model_config(root: Path, model_name: str) -> dict[str, Any]:
+    """What models/config.yaml, then models/config-user.yaml say about a model: later entries win.
+
+    Patterns are matched from the start of the name, upper and lower case alike.
+    Raises SettingsError.
+    """
+    settings: dict[str, Any] = {}
+    for file_name in CONFIG_FILES:
+        for pattern, entry in _load_patterns(root / "models", file_name).items():
+            if _matches(str(pattern), model_name, file_name) and isinstance(entry, Mapping):
+                settings |= entry
+    return settings
+
+
+def _load_patterns(folder: Path, file_name: str) -> Mapping[Any, Any]:
+    try:
+        patterns = load_data_file(folder, file_name, (".yaml",))
+    except DataFileNotFoundError:
+        return {}
+    except InvalidRequestError as error:
+        raise SettingsError(str(error)) from error
+    return patterns if isinstance(patterns, Mapping) else {}
+
+
+def _matches(pattern: str, model_name: str, file_name: str) -> bool:
+    try:
+        return re.match(pattern, model_name, re.IGNORECASE) is not None
+    except re.error as error:
+        raise SettingsError(
+            f"models/{file_name}.yaml: {pattern!r} is no regular expression: {error}"
+        ) from error
+
+
+def _is_given(name: str | None) -> bool:
+    return name not in (None, "", "None")
+
+
+def _pick_own_text(template: str | Mapping[str, str] | None) -> str | None:
+    """Models that bring several templates name the usual one `default`."""
+    if isinstance(template, Mapping):
+        return template.get("default") or next(iter(template.values()), None)
+    return template
+
+
+def _load_template(root: Path, name: str, **fields: Any) -> ChatTemplate:
+    data = load_data_file(root / TEMPLATES_FOLDER, name)
+    return _build_template(_read_text(data, name, fields.get("param")), name=name, **fields)
+
+
+def _build_template(text: str, **fields: Any) -> ChatTemplate:
+    template = ChatTemplate(text=text, **fields)
+    _compile(template)
+    return template
+
+
+# Template files
+
+
+def _read_text(data: Any, name: str, param: str | None) -> str:
+    match data:
+        case {"instruction_template": str(text)}:
+            return text
+        case {"turn_template": str()}:
+            return _convert_turn_template({key: str(value or "") for key, value in data.items()})
+    raise TemplateError(
+        f"{TEMPLATES_FOLDER}/{name}.yaml has no key instruction_template with a Jinja text.", param
+    )
+
+
+# The placeholders of the older file format, as Jinja expressions.
+_PLACEHOLDERS = {
+    "<|user-message|>": "message['content']",
+    "<|bot-message|>": "message['content']",
+    "<|system-message|>": "messages[0]['content']",
+    "<|round|>": "((loop.index + 1) // 2)",
+}
+
+
+def _convert_turn_template(data: Mapping[str, str]) -> str:
+    """The older format (user, bot, turn_template, context, system_message) as a Jinja text."""
+    turn, context = data["turn_template"], data.get("context", "")
+    bot_marks = [mark for mark in ("<|bot|>", "<|bot-message|>") if mark in turn]
+    bot_start = turn.index(bot_marks[0]) if bot_marks else len(turn)
+    if "<|system-message|>" in context:
+        default = context.replace("<|system-message|>", data.get("system_message", ""))
+    else:
+        # A fixed text: what the client says instead of it takes its place.
+        default = context
+        context = "<|system-message|>" + (context[len(context.rstrip()) :] or "\n\n")
+
+    def expression(text: str) -> str:
+        text = text.replace("<|user|>", data.get("user", ""))
+        return _to_expression(text.replace("<|bot|>", data.get("bot", "")))
+
+    user_turn, bot_turn = turn[:bot_start], turn[bot_start:]
+    return (
+        "{%- if messages[0]['role'] == 'system' %}{{ " + expression(context) + " }}"
+        "{% else %}{{ " + expression(default) + " }}{% endif %}"
+        "{%- for message in messages %}"
+        "{% if message['role'] == 'assistant' %}{{ " + expression(bot_turn) + " }}"
+        "{% elif message['role'] != 'system' %}{{ " + expression(user_turn) + " }}{% endif %}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ "
+        + expression(bot_turn.partition("<|bot-message|>")[0])
+        + " }}{% endif %}"
+    )
+
+
+def _to_expression(text: str) -> str:
+    pattern = "(" + "|".join(map(re.escape, _PLACEHOLDERS)) + ")"
+    parts = [part for part in re.split(pattern, text) if part]
+    literals = (_PLACEHOLDERS.get(part) or json.dumps(part, ensure_ascii=False) for part in parts)
+    return " ~ ".join(literals) or "''"
+
+
+# Rendering
+
+# Whatever a template does wrong comes out of it as one of these.
+_FAULTS = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
+_STEP = "_step"
+
+
+def render_template(
+    template: ChatTemplate,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    add_generation_prompt: bool,
+    variables: Mapping[str, Any],
+) -> str:
+    """The prompt. Raises TemplateError when the template refuses the messages, or does not end."""
+    scope = {
+        "bos_token": "",
+        "eos_token": "",
+        "tools": None,
+        "documents": None,
+        **template.special_tokens,
+        **variables,
+        "messages": messages,
+        "add_generation_prompt": add_generation_prompt,
+    }
+    compiled = _compile(template)
+    try:
+        return _collect(compiled, scope)
+    except _FAULTS as error:
+        raise TemplateError(
+            f"The chat template ({template.name}) cannot render these messages: {error}",
+            template.param or "messages",
+        ) from error
+
+
+def _collect(compiled: jinja2.Template, scope: dict[str, Any]) -> str:
+    step = _make_step()
+    pieces, length = [], 0
+    for piece in compiled.generate(scope | {_STEP: step}):
+        step()
+        length += len(piece)
+        if length > MAX_RENDERED_CHARS:
+            raise jinja2.TemplateRuntimeError(f"more than {MAX_RENDERED_CHARS} characters")
+        pieces.append(piece)
+    return "".join(pieces)
+
+
+def _make_step() -> Callable[[], bool]:
+    """What a template calls at each turn of its loops: raises once its time is over."""
+    deadline = time.thread_time() + MAX_RENDER_SECONDS
+
+    def step() -> bool:
+        if time.thread_time() > deadline:
+            raise jinja2.TemplateRuntimeError(f"no end after {MAX_RENDER_SECONDS} seconds")
+        return True
+
+    return step
+
+
+def _compile(template: ChatTemplate) -> jinja2.Template:
+    try:
+        return _compile_text(template.text)
+    except _FAULTS as error:
+        raise TemplateError(
+            f"The chat template ({template.name}) does not compile: {error}", template.param
+        ) from error
+
+
+@lru_cache(maxsize=64)
+def _compile_text(text: str) -> jinja2.Template:
+    environment = _build_environment()
+    tree = environment.parse(text)
+    for loop in [*tree.find_all(nodes.For)]:
+        _insert_step(loop)
+    for macro in [*tree.find_all(nodes.Macro)]:
+        _insert_step(macro)
+    code = environment.compile(tree)
+    return jinja2.Template.from_code(environment, code, environment.make_globals(None))
+
+
+def _insert_step(node: nodes.For | nodes.Macro) -> None:
+    def call() -> nodes.Call:
+        step = nodes.Name(_STEP, "load", lineno=node.lineno)
+        return nodes.Call(step, [], [], None, None, lineno=node.lineno)
+
+    node.body.insert(0, nodes.ExprStmt(call(), lineno=node.lineno))
+    if isinstance(node, nodes.For) and node.test is not None:
+        node.test = nodes.And(call(), node.test, lineno=node.lineno)
+
+
+@lru_cache(maxsize=1)
+def _build_environment() -> jinja2.Environment:
+    """As templates find it in transformers: filters, functions, tags and whitespace rules."""
+    environment = _Sandbox(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_GenerationTag, "jinja2.ext.loopcontrols"],
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals.update(
+        raise_exception=_raise_exception,
+        strftime_now=lambda format: datetime.now().strftime(format),
+        namespace=_SafeNamespace,
+    )
+    del environment.globals["lipsum"]
+    return environment
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    intercepted_binops = frozenset({"*", "**"})
+
+    def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
+        raise SecurityError(f"{attribute!r} is out of a template's reach")
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        if _measure(operator, left, right) > MAX_RENDERED_CHARS:
+            raise SecurityError(f"{operator} makes something too large")
+        return super().call_binop(context, operator, left, right)
+
+
+def _measure(operator: str, left: Any, right: Any) -> int:
+    """Size of a product or power: items of a sequence, bits of an integer."""
+    match left, right:
+        case int(), int():
+            return left.bit_length() * (right if operator == "**" else 1) + right.bit_length()
+        case Sized(), int():
+            return len(left) * right
+        case int(), Sized():
+            return left * len(right)
+    return 0
+
+
+class _SafeNamespace(Namespace):
+    """Takes no underscored names, behind which Python keeps its own machinery."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+        for name, value in dict(*args, **kwargs).items():
+            self[name] = value
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if str(name).startswith("_"):
+            raise SecurityError(f"{name!r} is no name for a namespace")
+        super().__setitem__(name, value)
+
+
+class _GenerationTag(Extension):
+    """`{% generation %}` marks the assistant's text for training; here its content passes."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateRuntimeError(message)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own escapes for HTML, which a model has never seen."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+# Stop strings
+
+_SENTINELS = ("FirstQuestion", "FirstAnswer", "SecondQuestion")
+_MARKER = re.compile(r" *(<[^<>\s]+>)")
+
+
+@lru_cache(maxsize=64)
+def derive_stop_strings(template: ChatTemplate) -> tuple[str, ...]:
+    """What shows that the assistant's turn is over: read off between a reply and the next question.
+
+    Two at most: the marker right after the reply (`<|im_end|>`), unless it is the eos token, where
+    the model stops anyway; and the last line in front of the question, with the line break before
+    it and no space after it (`"\\n### Instruction:"`).
+    """
+    roles = ("user", "assistant", "user")
+    messages = [{"role": r, "content": c} for r, c in zip(roles, _SENTINELS, strict=True)]
+    try:
+        text = render_template(template, messages, add_generation_prompt=False, variables={})
+    except TemplateError:
+        return ()
+    _, reply, after = text.partition(_SENTINELS[1])
+    between, question, _ = after.partition(_SENTINELS[2])
+    if not (reply and question):
+        return ()
+    return tuple(_split_stop_strings(between, template.special_tokens))
+
+
+def _split_stop_strings(between: str, special_tokens: Mapping[str, str]) -> Iterable[str]:
+    if end := _MARKER.match(between):
+        between = between[end.end() :]
+        if end[1] != special_tokens.get("eos_token"):
+            yield end[1]
+    between = between.removeprefix(special_tokens.get("bos_token") or "").rstrip()
+    _, line_break, line = between.rpartition("\n")
+    if len(line.strip()) > 1:
+        yield line_break + (line if line_break else line.strip())

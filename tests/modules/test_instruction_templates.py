@@ -1,0 +1,343 @@
+"""Templates: the choice, the file formats, the sandbox and the stop strings."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from modules.data_files import list_data_files
+from modules.errors import DataFileNotFoundError, SettingsError, TemplateError
+from modules.instruction_templates import (
+    MAX_TEMPLATE_CHARS,
+    TEMPLATES_FOLDER,
+    ChatTemplate,
+    TemplateSource,
+    build_request_template,
+    choose_template,
+    derive_stop_strings,
+    match_model_config,
+    override_template,
+    render_template,
+)
+
+ROOT = Path(__file__).parents[2]
+TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
+HISTORY = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello"},
+    {"role": "user", "content": "Bye"},
+]
+
+
+def make_template(text: str, **tokens: str) -> ChatTemplate:
+    return build_request_template(text, "instruction_template_str", tokens)
+
+
+def render(text: str, **variables: object) -> str:
+    return render_template(
+        make_template(text), HISTORY, add_generation_prompt=True, variables=variables
+    )
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A project folder with two templates and no model settings."""
+    for folder in (TEMPLATES_FOLDER, "models"):
+        (tmp_path / folder).mkdir()
+    for name in ("ChatML", "Alpaca", "Mistral"):
+        write_template(tmp_path, name, {"instruction_template": f"{name} text"})
+    return tmp_path
+
+
+def write_template(root: Path, name: str, data: object) -> None:
+    (root / TEMPLATES_FOLDER / f"{name}.yaml").write_text(yaml.safe_dump(data), encoding="utf-8")
+
+
+def write_config(root: Path, text: str, name: str = "config") -> None:
+    (root / "models" / f"{name}.yaml").write_text(text, encoding="utf-8")
+
+
+class TestChoice:
+    def test_settings_come_before_the_models_own(self, root: Path) -> None:
+        chosen = choose_template(
+            root=root, model_name="m", model_chat_template="own", settings_name="Mistral"
+        )
+        assert (chosen.name, chosen.text) == ("Mistral", "Mistral text")
+        assert chosen.source is TemplateSource.SETTINGS
+
+    def test_a_written_out_setting_comes_before_a_named_one(self, root: Path) -> None:
+        chosen = choose_template(
+            root=root, model_name="m", settings_text="written", settings_name="Mistral"
+        )
+        assert chosen.text == "written"
+        assert "instruction_template_str" in chosen.reason
+
+    def test_the_models_own_comes_before_its_name(self, root: Path) -> None:
+        write_config(root, ".*: {instruction_template: Mistral}")
+        chosen = choose_template(root=root, model_name="m", model_chat_template="own")
+        assert (chosen.text, chosen.source) == ("own", TemplateSource.MODEL)
+
+    def test_of_several_own_templates_the_default_counts(self, root: Path) -> None:
+        own = {"tool_use": "tools", "default": "usual"}
+        assert choose_template(root=root, model_name="m", model_chat_template=own).text == "usual"
+
+    def test_an_own_template_that_does_not_compile_is_left_aside_and_said_so(
+        self, root: Path
+    ) -> None:
+        chosen = choose_template(root=root, model_name="m", model_chat_template="{% if %}")
+        assert chosen.name == "Alpaca"
+        assert "does not compile" in chosen.reason
+
+    def test_later_patterns_and_the_users_file_win(self, root: Path) -> None:
+        write_config(root, ".*: {instruction_template: Alpaca, a: 1}\n.*X: {a: 2}")
+        assert match_model_config(root, "org_x-7b") == {"instruction_template": "Alpaca", "a": 2}
+        write_config(root, "org_\\S: {instruction_template: Mistral}", "config-user")
+        chosen = choose_template(root=root, model_name="ORG_x-7b")
+        assert (chosen.name, chosen.source) == ("Mistral", TemplateSource.CONFIG)
+        assert choose_template(root=root, model_name="my-org_x").name == "Alpaca"
+
+    def test_without_any_hint_the_vocabulary_decides(self, root: Path) -> None:
+        chatml = choose_template(root=root, model_name="m", vocabulary={"<|im_start|>": 1})
+        assert (chatml.name, chatml.source) == ("ChatML", TemplateSource.DEFAULT)
+        alpaca = choose_template(root=root, model_name="m", vocabulary={"a": 1})
+        assert alpaca.name == "Alpaca"
+        assert alpaca.reason
+
+    @pytest.mark.parametrize("text", ["'(': {a: 1}", "a: [", "a: {b: }}"])
+    def test_broken_model_settings_are_a_settings_error(self, root: Path, text: str) -> None:
+        write_config(root, text)
+        with pytest.raises(SettingsError, match="config"):
+            match_model_config(root, "m")
+
+    def test_a_request_overrides_the_models_template(self, root: Path) -> None:
+        model = choose_template(
+            root=root, model_name="m", model_chat_template="own", special_tokens=TOKENS
+        )
+        named = override_template(model, root=root, name="Mistral")
+        assert (named.text, named.special_tokens) == ("Mistral text", TOKENS)
+        assert override_template(model, root=root, name="Mistral", text="mine").text == "mine"
+        for nothing in (None, "", "None"):
+            assert override_template(model, root=root, name=nothing) is model
+
+    def test_an_unknown_name_is_an_error_of_its_field(self, root: Path) -> None:
+        model = choose_template(root=root, model_name="m")
+        with pytest.raises(DataFileNotFoundError, match="Mistral") as caught:
+            override_template(model, root=root, name="Mistrall")
+        assert caught.value.param == "instruction_template"
+
+    def test_the_shipped_table_names_shipped_templates(self) -> None:
+        table = yaml.safe_load((ROOT / "models" / "config.yaml").read_text(encoding="utf-8"))
+        named = {entry["instruction_template"] for entry in table.values()}
+        assert named <= set(list_data_files(ROOT / TEMPLATES_FOLDER))
+
+    @pytest.mark.parametrize(
+        ("model_name", "template"),
+        [
+            ("alpaca-13b-native", "Alpaca"),
+            ("WizardLM_WizardCoder-15B-V1.0", "Alpaca"),
+            ("TheBloke_vicuna-13b-v1.5-GPTQ", "Vicuna-v1.1"),
+            ("vicuna-13b", "Vicuna-v0"),
+            ("lmsys_vicuna-33b-v1.3", "Vicuna-v1.1"),
+            ("WizardLM-13B-V1.2", "Vicuna-v1.1"),
+            ("TheBloke_Llama-2-7B-Chat-GGUF", "Llama-v2"),
+            ("CodeLlama-7b-Instruct-hf", "Llama-v2"),
+            ("Mixtral-8x7B-Instruct-v0.1", "Mistral"),
+            ("OpenHermes-2.5-Mistral-7B", "ChatML"),
+            ("dolphin-2.6-mixtral-8x7b", "ChatML"),
+            ("oasst-sft-4-pythia-12b", "Open Assistant"),
+        ],
+    )
+    def test_the_shipped_table_knows_the_families(self, model_name: str, template: str) -> None:
+        assert match_model_config(ROOT, model_name)["instruction_template"] == template
+
+
+class TestFiles:
+    def test_a_file_without_a_template_is_refused(self, root: Path) -> None:
+        model = choose_template(root=root, model_name="m")
+        for data in ({"context": "x"}, [], None):
+            write_template(root, "Empty", data)
+            with pytest.raises(TemplateError, match="Empty") as caught:
+                override_template(model, root=root, name="Empty")
+            assert caught.value.param == "instruction_template"
+
+    def load_old(self, root: Path, **data: str) -> ChatTemplate:
+        write_template(root, "Old", data)
+        model = choose_template(root=root, model_name="m", special_tokens=TOKENS)
+        return override_template(model, root=root, name="Old")
+
+    def render_old(self, template: ChatTemplate, skip: int = 0) -> str:
+        return render_template(template, HISTORY[skip:], add_generation_prompt=True, variables={})
+
+    def test_the_older_format_with_names_for_the_roles(self, root: Path) -> None:
+        template = self.load_old(
+            root,
+            user="### Instruction:",
+            bot="### Response:",
+            turn_template=("<|user|>\n<|user-message|>\n\n<|bot|>\n<|bot-message|>\n\n"),
+            context="<|system-message|>\n\n",
+            system_message='Say "\u00fc" \U0001f642.',
+        )
+        turns = "### Instruction:\nHi\n\n### Response:\nHello\n\n### Instruction:\nBye\n\n"
+        assert self.render_old(template) == f"Be brief.\n\n{turns}### Response:\n"
+        default = 'Say "\u00fc" \U0001f642.\n\n'
+        assert self.render_old(template, skip=1) == f"{default}{turns}### Response:\n"
+        assert derive_stop_strings(template) == ("\n### Instruction:",)
+
+    def test_the_older_format_without_names(self, root: Path) -> None:
+        template = self.load_old(
+            root,
+            turn_template="<|user-message|> [/INST] <|bot-message|> </s><s>[INST] ",
+            context="[INST] <<SYS>>\n<|system-message|>\n<</SYS>>\n\n",
+        )
+        expected = (
+            "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi [/INST] Hello </s><s>[INST] Bye [/INST] "
+        )
+        assert self.render_old(template) == expected
+        assert derive_stop_strings(template) == ("[INST]",)
+
+    def test_the_older_format_with_a_fixed_context_and_rounds(self, root: Path) -> None:
+        template = self.load_old(
+            root,
+            user="Q:",
+            bot="A:",
+            turn_template="[<|round|>]\n<|user|><|user-message|>\n<|bot|><|bot-message|>\n",
+            context="A quiz.\n",
+        )
+        assert self.render_old(template, skip=1) == "A quiz.\n[1]\nQ:Hi\nA:Hello\n[2]\nQ:Bye\nA:"
+        assert self.render_old(template).startswith("Be brief.\n[1]")
+
+
+class TestRendering:
+    def test_blocks_leave_no_space_and_no_line(self) -> None:
+        text = (
+            "{% for m in messages %}\n    {% if true %}\n"
+            "{{ m.content }}\n    {% endif %}\n{% endfor %}"
+        )
+        assert render(text) == "Be brief.\nHi\nHello\nBye\n"
+
+    def test_json_is_not_escaped_for_html(self) -> None:
+        assert render("{{ tools | tojson }}", tools=["<ü & 'x'>"]) == "[\"<ü & 'x'>\"]"
+
+    def test_tools_are_none_where_there_are_none(self) -> None:
+        assert render("{{ tools is none }} {{ documents is none }}") == "True True"
+
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            ("{{ strftime_now('%Y') | length }}", "4"),
+            ("{% generation %}a{{ 1 }}{% endgeneration %}", "a1"),
+            (
+                "{% for i in [1, 2, 3] %}{% if i > 2 %}{% break %}{% endif %}{{ i }}{% endfor %}",
+                "12",
+            ),
+            ("{% for i in [1, 2, 3] if i > 1 %}{{ loop.index }}-{{ i }} {% endfor %}", "1-2 2-3 "),
+            ("{% for i in [1, 2] %}{{ loop.last }}{% else %}none{% endfor %}", "FalseTrue"),
+            ("{% for i in [] %}{{ i }}{% else %}none{% endfor %}", "none"),
+            ("{% macro f(x) %}<{{ x }}>{% endmacro %}{{ f('y') }}", "<y>"),
+            ("{% set n = namespace(a=2) %}{% set n.a = n.a * 3 %}{{ n.a }}", "6"),
+            (
+                "{{ dict(a=1).a }}{{ '-' * 3 }}{{ 2 ** 3 }}{{ [0] * 2 }}{{ 2 * 'x' }}",
+                "1---8[0, 0]xx",
+            ),
+        ],
+    )
+    def test_what_templates_expect_is_there(self, text: str, expected: str) -> None:
+        assert render(text) == expected
+
+    def test_variables_do_not_hide_the_messages(self) -> None:
+        assert render("{{ messages | length }}", messages=[]) == "4"
+
+    def test_the_templates_own_refusal_is_shown(self) -> None:
+        with pytest.raises(TemplateError, match="Roles must alternate"):
+            render("{{ raise_exception('Roles must alternate') }}")
+
+    @pytest.mark.parametrize("text", ["{% if %}", "{{ (", "{% for x in %}", "{{ 1 | nofilter }}"])
+    def test_a_template_that_does_not_compile_names_its_field(self, text: str) -> None:
+        with pytest.raises(TemplateError, match="does not compile") as caught:
+            make_template(text)
+        assert caught.value.param == "instruction_template_str"
+
+    def test_a_very_long_template_is_refused(self) -> None:
+        with pytest.raises(TemplateError, match="characters"):
+            make_template("x" * (MAX_TEMPLATE_CHARS + 1))
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "{{ ''.__class__ }}",
+            "{{ ''.__class__.__mro__ }}",
+            "{{ ''['__class__'] }}",
+            "{{ '' | attr('__class__') }}",
+            "{{ raise_exception.__globals__ }}",
+            "{{ '{0.__class__}'.format('') }}",
+            "{{ cycler.__init__ }}",
+            "{% set n = namespace(__class__=1) %}",
+            "{% set n = namespace() %}{% set n._a = 1 %}",
+            "{{ messages.append(1) }}",
+            "{{ messages[0].update({'a': 1}) }}",
+            "{{ missing.attribute }}",
+            "{{ 1 / 0 }}",
+            "{{ 'a' + 1 }}",
+        ],
+    )
+    def test_what_is_out_of_reach_or_wrong_is_a_template_error(self, text: str) -> None:
+        with pytest.raises(TemplateError):
+            render(text)
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "{{ 'a' * 10 ** 9 }}",
+            "{{ [0] * 10 ** 9 }}",
+            "{{ 10 ** (10 ** 9) }}",
+            "{% for i in range(10 ** 9) %}{% endfor %}",
+            "{% for i in range(99999) %}{{ 'a' * 99 }}{% endfor %}",
+            "{% for i in r %}{% for j in r %}{% for k in r %}{% endfor %}{% endfor %}{% endfor %}",
+            "{% for i in r %}{% for j in r if false %}{% endfor %}{% endfor %}",
+            "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+            "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}"
+            "{{ f(99) }}",
+        ],
+    )
+    def test_what_does_not_end_is_ended(self, text: str) -> None:
+        with pytest.raises(TemplateError):
+            render("{% set r = range(99999) %}" + text)
+
+
+class TestStopStrings:
+    @pytest.mark.parametrize(
+        ("name", "stop_strings"),
+        [
+            ("Alpaca", ("\n### Instruction:",)),
+            ("ChatML", ("<|im_end|>", "\n<|im_start|>user")),
+            ("Llama-v2", ("[INST]",)),
+            ("Mistral", ("[INST]",)),
+            ("Open Assistant", ("<|endoftext|>", "<|prompter|>")),
+            ("Vicuna-v0", ("\n### Human:",)),
+            ("Vicuna-v1.1", ("\nUSER:",)),
+        ],
+    )
+    def test_of_the_shipped_templates(self, name: str, stop_strings: tuple[str, ...]) -> None:
+        template = choose_template(
+            root=ROOT, model_name="m", settings_name=name, special_tokens=TOKENS
+        )
+        assert derive_stop_strings(template) == stop_strings
+
+    def test_the_eos_token_is_none(self) -> None:
+        text = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+        assert derive_stop_strings(make_template(text)) == ("<|end|>", "<|user|>")
+        with_eos = make_template(text, eos_token="<|end|>")
+        assert derive_stop_strings(with_eos) == ("<|user|>",)
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "{{ raise_exception('no') }}",
+            "fixed",
+            "{{ messages[0].content }}",
+            "{% for m in messages %}{{ m.content }}\n\n{% endfor %}",
+        ],
+    )
+    def test_templates_without_a_recognisable_end_have_none(self, text: str) -> None:
+        assert derive_stop_strings(make_template(text)) == ()
