@@ -16,7 +16,7 @@ MAX_UNDECODED_TOKENS = 64
 
 
 class Decoder(Protocol):
-    def decode(self, token_ids: list[int], /, *, skip_special_tokens: bool) -> str: ...
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str: ...
 
 
 class IncrementalDetokenizer:
@@ -86,7 +86,7 @@ class IncrementalDetokenizer:
         return new_text
 
     def _decode(self, token_ids: list[int]) -> str:
-        return self._decoder.decode(token_ids, skip_special_tokens=self._skip_special_tokens)
+        return self._decoder.decode(token_ids, self._skip_special_tokens)
 
     def _release(self, new_text: str) -> str:
         text = self._held + new_text

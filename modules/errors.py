@@ -29,6 +29,10 @@ class ExtensionError(ServerError):
     pass
 
 
+class TunnelError(ServerError):
+    pass
+
+
 class ModelError(ServerError):
     pass
 

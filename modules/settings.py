@@ -188,7 +188,7 @@ class Settings:
     instruction_template: str | None = setting(
         CHAT,
         None,
-        "Template for models that bring none: the name of a file in instruction-templates.",
+        "Template instead of the model's own: the name of a file in instruction-templates.",
         flag=False,
     )
     instruction_template_str: str | None = setting(

@@ -1,0 +1,70 @@
+"""API keys: where a request carries one, whether it is right, and the routes that ask for it."""
+
+import hmac
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi import HTTPException, Request, Response, Security
+from fastapi.routing import APIRoute, APIRouter
+from fastapi.security import HTTPBearer
+
+from extensions.openai.json_request import JsonRequest
+from extensions.openai.typing import ErrorResponse
+
+# Only puts the "Authorize" button on /docs; the check is in the route, see below.
+DOCS_SCHEME = Security(HTTPBearer(auto_error=False, description="The server's API key, if any."))
+
+DOCS_ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorResponse, "description": "The request is at fault."},
+    "5XX": {"model": ErrorResponse, "description": "The server cannot answer."},
+}
+
+
+def build_router(key: str | None) -> APIRouter:
+    """A router for JSON requests whose routes are open only to clients with `key`; None: to all."""
+    return APIRouter(
+        route_class=_make_route_class(key), dependencies=[DOCS_SCHEME], responses=DOCS_ERRORS
+    )
+
+
+def check_key(request: Request, key: str | None) -> None:
+    """Raises HTTPException 401 unless the request carries `key` or none is asked for."""
+    if key is None:
+        return
+    candidates = _read_keys(request)
+    # Compared as bytes: compare_digest refuses text beyond ASCII.
+    if any(hmac.compare_digest(candidate, key.encode()) for candidate in candidates):
+        return
+    problem = "Incorrect API key provided." if candidates else "No API key provided."
+    raise HTTPException(
+        401,
+        f"{problem} Send it as `Authorization: Bearer KEY` or as `x-api-key: KEY`.",
+        {"WWW-Authenticate": "Bearer"},
+    )
+
+
+def _read_keys(request: Request) -> list[bytes]:
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    keys = [token.strip()] if scheme.lower() == "bearer" else []
+    keys.append(request.headers.get("x-api-key", ""))
+    return [key.encode("latin-1") for key in keys if key]
+
+
+def _make_route_class(key: str | None) -> type[APIRoute]:
+    class KeyedRoute(APIRoute):
+        """Checks the key before anything else.
+
+        A dependency would be too late: FastAPI reads and parses the body first, so a client
+        without the key could make the server hold a large body, and would be told of errors in it.
+        """
+
+        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+            handle = super().get_route_handler()
+
+            async def check_and_handle(request: Request) -> Response:
+                check_key(request, key)
+                return await handle(JsonRequest(request.scope, request.receive))
+
+            return check_and_handle
+
+    return KeyedRoute

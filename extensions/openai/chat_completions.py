@@ -1,0 +1,131 @@
+"""POST /v1/chat/completions: the assistant's next message."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import replace
+from functools import partial
+
+from fastapi import APIRouter, Request, Response
+
+from extensions.openai import streaming
+from extensions.openai.responses import (
+    Envelope,
+    Json,
+    build_chat_chunk,
+    build_chat_completion,
+    build_envelope,
+    build_usage_chunk,
+)
+from extensions.openai.sampling import to_max_tokens, to_sampling_params
+from extensions.openai.streaming import Answer, Chunks
+from extensions.openai.typing import ChatCompletionRequest
+from extensions.openai.usage import UsageCounter
+from modules import text_generation
+from modules.chat import ChatOptions, Prompt, build_prompt
+from modules.context import Context
+from modules.models import LoadedModel
+from modules.settings import PROJECT_ROOT, Settings
+from modules.text_generation import TextDelta, TextRequest
+
+
+def add_routes(router: APIRouter, context: Context) -> None:
+    @router.post("/v1/chat/completions", tags=["Chat"])
+    async def create_chat_completion(request: Request, body: ChatCompletionRequest) -> Response:
+        """Reply to a conversation. With `stream`, as server-sent events."""
+        answer = await answer_chat(context, body)
+        return await streaming.send(answer, request, body, context.settings)
+
+
+async def answer_chat(context: Context, body: ChatCompletionRequest) -> Answer:
+    """Raises what `build_prompt` and `text_generation.generate` raise, and NoModelLoadedError."""
+    model = context.models.current
+    # In a thread: a template that a client sent may take its time.
+    prompt = await asyncio.to_thread(_build_prompt, context.settings, model, body)
+    generation = await text_generation.generate(model, _to_text_request(body, prompt))
+    usage = UsageCounter(generation, body.n)
+    deltas = _strip_start(usage.count())
+    envelope = build_envelope("chatcmpl", model.name)
+    return Answer(_build_chunks(envelope, deltas, usage, body.n), partial(_fold, envelope))
+
+
+def _build_prompt(settings: Settings, model: LoadedModel, body: ChatCompletionRequest) -> Prompt:
+    options = _to_chat_options(settings, body)
+    return build_prompt(body.messages, options, model.chat_template, PROJECT_ROOT)
+
+
+def _to_chat_options(settings: Settings, body: ChatCompletionRequest) -> ChatOptions:
+    return ChatOptions(
+        mode=body.mode,
+        continue_=body.continue_,
+        add_generation_prompt=body.add_generation_prompt,
+        instruction_template=body.instruction_template,
+        instruction_template_str=body.instruction_template_str,
+        character=body.character or settings.character,
+        name1=body.name1,
+        name2=body.name2,
+        context=body.context,
+        greeting=body.greeting,
+        user_bio=settings.user_bio if body.user_bio is None else body.user_bio,
+        chat_template_str=body.chat_template_str or settings.chat_template_str,
+        chat_instruct_command=body.chat_instruct_command or settings.chat_instruct_command,
+        default_name1=settings.name1,
+        default_context=settings.context,
+        default_greeting=settings.greeting,
+    )
+
+
+def _to_text_request(body: ChatCompletionRequest, prompt: Prompt) -> TextRequest:
+    # 0 means no limit here, as it always did in this API.
+    max_tokens = to_max_tokens(body) or None
+    return TextRequest(
+        prompts=(prompt.text,),
+        params=to_sampling_params(body, max_tokens=max_tokens),
+        num_choices=body.n,
+        stop_strings=(*body.stop, *prompt.stop_strings),
+        add_special_tokens=prompt.add_special_tokens,
+        skip_special_tokens=body.skip_special_tokens,
+        prompt_param="messages",
+    )
+
+
+async def _strip_start(
+    deltas: AsyncGenerator[TextDelta, None],
+) -> AsyncGenerator[TextDelta, None]:
+    """Leave out the spaces that a choice begins with: many templates make a model write one."""
+    begun: set[int] = set()
+    async with aclosing(deltas):
+        async for delta in deltas:
+            if delta.index in begun:
+                yield delta
+                continue
+            text = delta.text.lstrip(" ")
+            if text:
+                begun.add(delta.index)
+            yield replace(delta, text=text)
+
+
+# Chunks
+
+
+async def _build_chunks(
+    envelope: Envelope,
+    deltas: AsyncGenerator[TextDelta, None],
+    usage: UsageCounter,
+    num_choices: int,
+) -> Chunks:
+    for index in range(num_choices):
+        start = {"role": "assistant", "content": "", "refusal": None}
+        yield build_chat_chunk(envelope, index, start)
+    async with aclosing(deltas):
+        async for delta in deltas:
+            if delta.text:
+                yield build_chat_chunk(envelope, delta.index, {"content": delta.text})
+            if delta.finish_reason is not None:
+                yield build_chat_chunk(envelope, delta.index, {}, delta.finish_reason)
+    yield build_usage_chunk(envelope, "chat.completion.chunk", usage.build_usage())
+
+
+async def _fold(envelope: Envelope, chunks: Chunks) -> Json:
+    choices, usage = await streaming.fold(chunks, lambda choice: choice["delta"].get("content", ""))
+    return build_chat_completion(envelope, choices, usage)

@@ -1,0 +1,123 @@
+"""POST /v1/completions: continues texts or token ids."""
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import replace
+from functools import partial
+
+from fastapi import APIRouter, Request, Response
+
+from extensions.openai import streaming
+from extensions.openai.responses import (
+    Envelope,
+    Json,
+    build_envelope,
+    build_text_chunk,
+    build_text_completion,
+    build_usage_chunk,
+)
+from extensions.openai.sampling import to_max_tokens, to_sampling_params
+from extensions.openai.streaming import Answer, Chunks
+from extensions.openai.typing import CompletionRequest
+from extensions.openai.usage import UsageCounter
+from modules import text_generation
+from modules.context import Context
+from modules.models import LoadedModel
+from modules.text_generation import TextDelta, TextRequest
+
+
+def add_routes(router: APIRouter, context: Context) -> None:
+    @router.post("/v1/completions", tags=["Completions"])
+    async def create_completion(request: Request, body: CompletionRequest) -> Response:
+        """Continue a text, or several. With `stream`, as server-sent events."""
+        answer = await answer_completion(context, body)
+        return await streaming.send(answer, request, body, context.settings)
+
+
+async def answer_completion(context: Context, body: CompletionRequest) -> Answer:
+    """Raises what `text_generation.generate` raises, and NoModelLoadedError."""
+    model = context.models.current
+    generation = await text_generation.generate(model, _to_text_request(body))
+    usage = UsageCounter(generation, body.num_candidates)
+    deltas = usage.count()
+    if body.num_candidates > body.n:
+        deltas = _select_best(deltas, body.num_candidates, body.n)
+    if body.echo:
+        deltas = _prepend(_read_prompts(model, body), deltas)
+    envelope = build_envelope("cmpl", model.name)
+    return Answer(_build_chunks(envelope, deltas, usage), partial(_fold, envelope))
+
+
+def _to_text_request(body: CompletionRequest) -> TextRequest:
+    is_ranked = body.num_candidates > body.n
+    return TextRequest(
+        prompts=body.prompt,
+        params=to_sampling_params(body, max_tokens=to_max_tokens(body), logprobs=is_ranked),
+        num_choices=body.num_candidates,
+        stop_strings=tuple(body.stop),
+        skip_special_tokens=body.skip_special_tokens,
+    )
+
+
+# Stages between the generation and its chunks
+
+
+async def _select_best(
+    deltas: AsyncGenerator[TextDelta, None], num_candidates: int, n: int
+) -> AsyncGenerator[TextDelta, None]:
+    """Of each prompt's candidates the `n` with the highest mean log-probability, best first."""
+    candidates: dict[int, list[TextDelta]] = {}
+    async with aclosing(deltas):
+        async for delta in deltas:
+            candidates.setdefault(delta.index, []).append(delta)
+    for start in range(0, len(candidates), num_candidates):
+        group = [candidates[start + offset] for offset in range(num_candidates)]
+        group.sort(key=_mean_logprob, reverse=True)
+        for rank, candidate in enumerate(group[:n]):
+            for delta in candidate:
+                yield replace(delta, index=start // num_candidates * n + rank)
+
+
+def _mean_logprob(candidate: list[TextDelta]) -> float:
+    logprobs = [output.logprob or 0.0 for delta in candidate for output in delta.outputs]
+    return sum(logprobs) / len(logprobs) if logprobs else 0.0
+
+
+async def _prepend(
+    texts: list[str], deltas: AsyncGenerator[TextDelta, None]
+) -> AsyncGenerator[TextDelta, None]:
+    """Each choice's text from `texts`, then what was generated."""
+    for index, text in enumerate(texts):
+        yield TextDelta(index, text, ())
+    async with aclosing(deltas):
+        async for delta in deltas:
+            yield delta
+
+
+def _read_prompts(model: LoadedModel, body: CompletionRequest) -> list[str]:
+    """The prompt of each choice, as text."""
+    texts = [
+        prompt if isinstance(prompt, str) else model.decode(prompt, body.skip_special_tokens)
+        for prompt in body.prompt
+    ]
+    return [text for text in texts for _ in range(body.n)]
+
+
+# Chunks
+
+
+async def _build_chunks(
+    envelope: Envelope, deltas: AsyncGenerator[TextDelta, None], usage: UsageCounter
+) -> Chunks:
+    async with aclosing(deltas):
+        async for delta in deltas:
+            if delta.text:
+                yield build_text_chunk(envelope, delta.index, delta.text)
+            if delta.finish_reason is not None:
+                yield build_text_chunk(envelope, delta.index, "", delta.finish_reason)
+    yield build_usage_chunk(envelope, "text_completion", usage.build_usage())
+
+
+async def _fold(envelope: Envelope, chunks: Chunks) -> Json:
+    choices, usage = await streaming.fold(chunks, lambda choice: choice["text"])
+    return build_text_completion(envelope, choices, usage)

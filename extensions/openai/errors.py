@@ -1,0 +1,139 @@
+"""Exceptions → OpenAI's error object: one table and one builder, for responses and streams."""
+
+import logging
+import traceback
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from modules.errors import (
+    ContextLengthExceededError,
+    EngineDeadError,
+    GenerationAbortedError,
+    InvalidRequestError,
+    ModelLoadError,
+    ModelNotFoundError,
+    NoModelLoadedError,
+)
+
+logger = logging.getLogger(__name__)
+
+INVALID_REQUEST = "invalid_request_error"
+SERVER_ERROR = "server_error"
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorKind:
+    status: int
+    code: str | None = None
+
+    @property
+    def type(self) -> str:
+        return SERVER_ERROR if self.status >= 500 else INVALID_REQUEST
+
+
+INTERNAL_ERROR = ErrorKind(500, "internal_error")
+INTERNAL_MESSAGE = "The server had an error while processing your request."
+
+# Looked up along the exception's MRO.
+ERROR_KINDS: dict[type[Exception], ErrorKind] = {
+    InvalidRequestError: ErrorKind(400),
+    ContextLengthExceededError: ErrorKind(400, "context_length_exceeded"),
+    ModelNotFoundError: ErrorKind(404, "model_not_found"),
+    ModelLoadError: ErrorKind(500, "model_load_failed"),
+    NoModelLoadedError: ErrorKind(503, "no_model_loaded"),
+    EngineDeadError: ErrorKind(503, "engine_dead"),
+    GenerationAbortedError: ErrorKind(503, "generation_aborted"),
+}
+
+HTTP_CODES: dict[int, str] = {
+    401: "invalid_api_key",
+    404: "unknown_url",
+    405: "method_not_supported",
+    413: "request_too_large",
+}
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """What is in no table here is an internal error: middleware.InternalErrorMiddleware's."""
+    for cls in ERROR_KINDS:
+        app.add_exception_handler(cls, _handle_error)
+    app.add_exception_handler(RequestValidationError, _handle_validation_error)
+    app.add_exception_handler(HTTPException, _handle_http_error)
+
+
+def build_error(kind: ErrorKind, message: str, param: str | None = None) -> dict[str, Any]:
+    return {
+        "error": {"message": message, "type": kind.type, "param": param, "code": kind.code},
+    }
+
+
+def to_error(error: Exception) -> tuple[int, dict[str, Any]]:
+    """Status and body for an error of the table. Raises KeyError for any other."""
+    kind = next(ERROR_KINDS[cls] for cls in type(error).__mro__ if cls in ERROR_KINDS)
+    param = error.param if isinstance(error, InvalidRequestError) else None
+    return kind.status, build_error(kind, str(error), param)
+
+
+def to_internal_error(error: Exception, debug: bool) -> tuple[int, dict[str, Any]]:
+    """Status and body for any other error, which is logged here.
+
+    Neither the client nor the log gets its text, which may quote a prompt: the log gets its type
+    and the lines of code that it passed.
+    """
+    frames = reversed(traceback.extract_tb(error.__traceback__))
+    trail = "".join(f"\n  {frame.filename}:{frame.lineno} in {frame.name}" for frame in frames)
+    logger.error("Internal error: %s%s", type(error).__name__, trail)
+    if debug:
+        logger.error("In full, as OPENEDAI_DEBUG asks for:", exc_info=error)
+    return INTERNAL_ERROR.status, build_error(INTERNAL_ERROR, INTERNAL_MESSAGE)
+
+
+async def _handle_error(request: Request, error: Exception) -> JSONResponse:
+    status, body = to_error(error)
+    return JSONResponse(body, status)
+
+
+async def _handle_validation_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    message, param = _describe_validation_error(error.errors()[0])
+    return JSONResponse(build_error(ErrorKind(400), message, param), 400)
+
+
+def _describe_validation_error(detail: dict[str, Any]) -> tuple[str, str | None]:
+    if detail["type"] == "json_invalid":
+        return f"The body is not valid JSON: {detail['ctx']['error']}.", None
+    param = _to_param(detail["loc"][1:])
+    if param is None:
+        return "The body should be a JSON object.", None
+    if detail["type"] == "missing":
+        return f"Missing required parameter: '{param}'.", param
+    return f"Invalid value for '{param}': {detail['msg']}.", param
+
+
+def _to_param(path: tuple[str | int, ...]) -> str | None:
+    """("messages", 0, "role") → messages[0].role"""
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
+    return text.removeprefix(".") or None
+
+
+async def _handle_http_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    kind = ErrorKind(error.status_code, HTTP_CODES.get(error.status_code))
+    body = build_error(kind, _describe_http_error(request, error))
+    return JSONResponse(body, error.status_code, error.headers)
+
+
+def _describe_http_error(request: Request, error: HTTPException) -> str:
+    call = f"{request.method} {request.url.path}"
+    match error.status_code, error.detail:
+        case 404, "Not Found":
+            return f"Invalid URL ({call})"
+        case 405, "Method Not Allowed":
+            allowed = (error.headers or {}).get("Allow", "")
+            return f"Method not allowed ({call}). Allowed: {allowed}"
+    return str(error.detail)

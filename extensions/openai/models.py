@@ -1,0 +1,28 @@
+"""GET /v1/models: which models there are, and one of them."""
+
+from fastapi import APIRouter, Response
+from fastapi.responses import JSONResponse
+
+from extensions.openai.responses import build_model, build_model_list
+from modules.context import Context
+
+# Names that clients have built in; a request for them is answered by the loaded model.
+COMPATIBILITY_NAMES = ("gpt-3.5-turbo", "text-embedding-ada-002")
+
+
+def add_routes(router: APIRouter, context: Context) -> None:
+    @router.get("/v1/models", tags=["Models"])
+    async def list_models() -> Response:
+        """The loaded model, then those that can be loaded, then the names that stand for it."""
+        return JSONResponse(build_model_list(list_model_ids(context)))
+
+    @router.get("/v1/models/{model_id:path}", tags=["Models"])
+    async def get_model(model_id: str) -> Response:
+        """A model's entry: whichever is asked for."""
+        return JSONResponse(build_model(model_id))
+
+
+def list_model_ids(context: Context) -> list[str]:
+    loaded = [context.models.current.name] if context.models.is_loaded else []
+    names = [*loaded, *context.models.list_names(), *COMPATIBILITY_NAMES]
+    return list(dict.fromkeys(names))

@@ -1,0 +1,100 @@
+"""Builders of OpenAI's response objects, as plain dicts in OpenAI's order of keys."""
+
+import time
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """What all chunks of one answer, or the whole answer, share."""
+
+    id: str
+    created: int
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A whole choice, as an answer in one piece carries it."""
+
+    index: int
+    text: str
+    finish_reason: str | None
+
+
+def build_envelope(prefix: str, model: str) -> Envelope:
+    return Envelope(f"{prefix}-{uuid.uuid4().hex}", int(time.time()), model)
+
+
+def build_usage(num_prompt_tokens: int, num_completion_tokens: int, num_cached_tokens: int) -> Json:
+    return {
+        "prompt_tokens": num_prompt_tokens,
+        "completion_tokens": num_completion_tokens,
+        "total_tokens": num_prompt_tokens + num_completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": num_cached_tokens},
+    }
+
+
+def build_usage_chunk(envelope: Envelope, object_name: str, usage: Json) -> Json:
+    return {**_build_object(envelope, object_name, []), "usage": usage}
+
+
+def build_chat_completion(envelope: Envelope, choices: Iterable[Choice], usage: Json) -> Json:
+    wire_choices = [
+        {
+            "index": choice.index,
+            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "logprobs": None,
+            "finish_reason": choice.finish_reason,
+        }
+        for choice in choices
+    ]
+    return {**_build_object(envelope, "chat.completion", wire_choices), "usage": usage}
+
+
+def build_chat_chunk(
+    envelope: Envelope, index: int, delta: Json, finish_reason: str | None = None
+) -> Json:
+    choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+    return _build_object(envelope, "chat.completion.chunk", [choice])
+
+
+def build_text_completion(envelope: Envelope, choices: Iterable[Choice], usage: Json) -> Json:
+    wire_choices = [
+        _build_text_choice(choice.index, choice.text, choice.finish_reason) for choice in choices
+    ]
+    return {**_build_object(envelope, "text_completion", wire_choices), "usage": usage}
+
+
+def build_text_chunk(
+    envelope: Envelope, index: int, text: str, finish_reason: str | None = None
+) -> Json:
+    choice = _build_text_choice(index, text, finish_reason)
+    return _build_object(envelope, "text_completion", [choice])
+
+
+def build_model(model_id: str) -> Json:
+    return {"id": model_id, "object": "model", "created": 0, "owned_by": "user"}
+
+
+def build_model_list(model_ids: Iterable[str]) -> Json:
+    return {"object": "list", "data": [build_model(model_id) for model_id in model_ids]}
+
+
+def _build_object(envelope: Envelope, object_name: str, choices: list[Json]) -> Json:
+    return {
+        "id": envelope.id,
+        "object": object_name,
+        "created": envelope.created,
+        "model": envelope.model,
+        "choices": choices,
+    }
+
+
+def _build_text_choice(index: int, text: str, finish_reason: str | None) -> Json:
+    return {"text": text, "index": index, "logprobs": None, "finish_reason": finish_reason}

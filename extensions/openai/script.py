@@ -1,0 +1,62 @@
+"""The OpenAI compatible API as an extension: mounts its routes, error handlers and middleware."""
+
+from fastapi import FastAPI, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse
+from starlette.routing import Match, Route
+from starlette.types import Scope
+
+from extensions.openai import chat_completions, completions, internal, models
+from extensions.openai.auth import build_router
+from extensions.openai.errors import add_error_handlers
+from extensions.openai.middleware import (
+    REQUEST_ID,
+    BodyLimitMiddleware,
+    InternalErrorMiddleware,
+    RequestIdMiddleware,
+    TrailingSlashMiddleware,
+)
+from modules.context import Context
+from modules.settings import Settings
+
+MIB = 2**20
+
+
+def setup(context: Context) -> None:
+    router = build_router(context.settings.api_key)
+    for endpoints in (chat_completions, completions, models, internal):
+        endpoints.add_routes(router, context)
+    context.app.include_router(router)
+    options_route = OptionsRoute("/{path:path}", _answer_options, methods=["OPTIONS"])
+    context.app.router.routes.append(options_route)
+    add_error_handlers(context.app)
+    _add_middleware(context.app, context.settings)
+
+
+def _add_middleware(app: FastAPI, settings: Settings) -> None:
+    """From the innermost to the outermost: each one added surrounds the ones before."""
+    app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_request_size * MIB)
+    app.add_middleware(TrailingSlashMiddleware)
+    app.add_middleware(InternalErrorMiddleware, debug=settings.debug)
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=settings.cors_origins,
+        allow_methods=["*"],
+        allow_headers=["*"],
+        allow_credentials=True,
+        expose_headers=[REQUEST_ID],
+    )
+    app.add_middleware(RequestIdMiddleware)
+
+
+class OptionsRoute(Route):
+    """Answers OPTIONS on any path, and leaves 404 and 405 for other methods to the router."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        if scope["type"] != "http" or scope["method"] != "OPTIONS":
+            return Match.NONE, {}
+        return super().matches(scope)
+
+
+async def _answer_options(request: Request) -> Response:
+    return JSONResponse("OK")

@@ -1,0 +1,193 @@
+"""The one way out: chunks → server-sent events in two dialects, or folded into one JSON answer.
+
+Chunks come in OpenAI's form, the last one with the usage and no choices. What is in them is decided
+by the endpoints; here is how they travel, and what happens when the client leaves.
+"""
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any
+
+from fastapi import Request, Response
+from sse_starlette import EventSourceResponse
+from starlette.types import Receive
+
+from extensions.openai.errors import ERROR_KINDS, to_error, to_internal_error
+from extensions.openai.responses import Choice, Json
+from extensions.openai.typing import GenerationOptions
+from modules.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+Chunks = AsyncGenerator[Json, None]
+
+PING_SECONDS = 15
+DONE = b"data: [DONE]\n\n"
+# Of nginx: the client that the answer was for has gone.
+CLIENT_CLOSED_REQUEST = 499
+# JSON allows these in a text and SSE does not end lines at them, but some clients do.
+LINE_SEPARATORS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
+
+_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+
+
+class Dialect(StrEnum):
+    OPENAI = "openai"
+    CLASSIC = "classic"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Chunks that were not asked for yet, and what makes one JSON object of them."""
+
+    chunks: Chunks
+    fold: Callable[[Chunks], Coroutine[Any, Any, Json]]
+
+
+async def send(
+    answer: Answer, request: Request, options: GenerationOptions, settings: Settings
+) -> Response:
+    if settings.debug:
+        answer = replace(answer, chunks=_log_in_full(answer.chunks, options))
+    if not options.stream:
+        return await _send_whole(answer, request)
+    dialect = choose_dialect(settings.stream_format, request.headers.get("user-agent", ""))
+    include_usage = options.stream_options.include_usage
+    frames = to_frames(answer.chunks, dialect, include_usage, settings.debug)
+    return EventSourceResponse(frames, sep="\n", ping=PING_SECONDS)
+
+
+def choose_dialect(stream_format: str, user_agent: str) -> Dialect:
+    """Programs written for the older API's streams use requests; OpenAI's own clients do not."""
+    if stream_format != "auto":
+        return Dialect(stream_format)
+    return Dialect.CLASSIC if user_agent.startswith("python-requests/") else Dialect.OPENAI
+
+
+async def _log_in_full(chunks: Chunks, options: GenerationOptions) -> Chunks:
+    """What OPENEDAI_DEBUG asks for, at a level that is always shown: it was asked for by name."""
+    logger.warning("Request: %s", options.model_dump_json(exclude_unset=True))
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            logger.warning("Reply: %s", _to_json(chunk))
+            yield chunk
+
+
+# Streams
+
+
+async def to_frames(
+    chunks: Chunks, dialect: Dialect, include_usage: bool, debug: bool
+) -> AsyncGenerator[bytes, None]:
+    classic = dialect is Dialect.CLASSIC
+    events = to_classic(chunks) if classic else to_openai(chunks, include_usage)
+    try:
+        async with aclosing(events):
+            async for event in events:
+                yield to_frame(event)
+    except tuple(ERROR_KINDS) as error:
+        yield to_frame(to_error(error)[1])
+    except Exception as error:  # as in InternalErrorMiddleware, after the first byte was sent
+        yield to_frame(to_internal_error(error, debug)[1])
+    else:
+        if not classic:
+            yield DONE
+
+
+def to_frame(event: Json) -> bytes:
+    text = _to_json(event)
+    if not text.isascii():
+        text = text.translate(LINE_SEPARATORS)
+    return f"data: {text}\n\n".encode()
+
+
+async def to_openai(chunks: Chunks, include_usage: bool) -> Chunks:
+    """OpenAI's own: the usage in a chunk of its own, and only when it is asked for."""
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            if not chunk["choices"]:
+                if include_usage:
+                    yield chunk
+            else:
+                yield {**chunk, "usage": None} if include_usage else chunk
+
+
+async def to_classic(chunks: Chunks) -> Chunks:
+    """The dialect of the older API, whose clients look for a text in every chunk.
+
+    Each chunk of a chat carries it as `message` too, and the last one of all carries the usage.
+    """
+    last: Json | None = None
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            if last is not None:
+                usage = {} if chunk["choices"] else {"usage": chunk["usage"]}
+                yield {**last, **usage}
+                last = None
+            if not chunk["choices"]:
+                return
+            chunk = {**chunk, "choices": [_to_classic_choice(item) for item in chunk["choices"]]}
+            if chunk["choices"][0]["finish_reason"] is None:
+                yield chunk
+            else:  # may be the last one; it has no text that somebody could be waiting for
+                last = chunk
+
+
+def _to_classic_choice(choice: Json) -> Json:
+    if "delta" not in choice:
+        return choice
+    message = {"role": "assistant", "content": choice["delta"].get("content", "")}
+    return {**choice, "message": message, "delta": message}
+
+
+# Answers in one piece
+
+
+async def fold(chunks: Chunks, read_text: Callable[[Json], str]) -> tuple[list[Choice], Json]:
+    """The choices and the usage; `read_text` finds the text in a choice of a chunk."""
+    texts: dict[int, list[str]] = {}
+    finish_reasons: dict[int, str] = {}
+    usage: Json = {}
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            usage = chunk.get("usage", usage)
+            for choice in chunk["choices"]:
+                texts.setdefault(choice["index"], []).append(read_text(choice))
+                if choice["finish_reason"] is not None:
+                    finish_reasons[choice["index"]] = choice["finish_reason"]
+    choices = [
+        Choice(index, "".join(parts), finish_reasons.get(index))
+        for index, parts in sorted(texts.items())
+    ]
+    return choices, usage
+
+
+async def _send_whole(answer: Answer, request: Request) -> Response:
+    body = await _run_while_connected(answer.fold(answer.chunks), request.receive)
+    if body is None:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    return Response(_to_json(body).encode(), media_type="application/json")
+
+
+async def _run_while_connected(work: Coroutine[Any, Any, Json], receive: Receive) -> Json | None:
+    """The result of `work`, or None after cancelling it because the client has left."""
+    work_task = asyncio.create_task(work)
+    watch_task = asyncio.create_task(_wait_for_disconnect(receive))
+    tasks = (work_task, watch_task)
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return work_task.result() if work_task.done() else None
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _wait_for_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,191 @@
+"""Hand-written stand-ins: an engine that plays scripts, a byte tokenizer, a model manager."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from modules.engine.outputs import FinishReason, TokenOutput
+from modules.engine.sequence import SequenceRequest
+from modules.errors import EngineDeadError, NoModelLoadedError
+from modules.instruction_templates import ChatTemplate, TemplateSource
+from modules.models import LoadedModel
+
+END_OF_TEXT, IM_START, IM_END = 256, 257, 258
+VOCAB_SIZE = 259
+
+CHATML = """\
+{%- for message in messages %}
+    {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """What the engine does with one sequence: token ids, then one way to end."""
+
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason = FinishReason.STOP
+    """STOP adds an end-of-sequence token; LENGTH and ABORT are put on the last token."""
+    logprob: float = -1.0
+    num_cached_tokens: int = 0
+    blocks: bool = False
+    """Wait for ever after the tokens, instead of ending."""
+    error: Exception | None = None
+    """Raise it after the tokens, instead of ending."""
+
+    def play(self, request: SequenceRequest) -> list[TokenOutput]:
+        ends = not (self.blocks or self.error)
+        ids = (*self.token_ids, IM_END) if ends and self.finish_reason == "stop" else self.token_ids
+        finish_reason = self.finish_reason if ends else None
+        max_tokens = request.params.max_tokens
+        if max_tokens is not None and max_tokens < len(ids):
+            ids, finish_reason = ids[:max_tokens], FinishReason.LENGTH
+        return [
+            TokenOutput(
+                request.request_id,
+                token_id,
+                finish_reason if i == len(ids) - 1 else None,
+                self.num_cached_tokens,
+                self.logprob if request.params.logprobs else None,
+            )
+            for i, token_id in enumerate(ids)
+        ]
+
+
+@dataclass(slots=True)
+class FakeEngine:
+    """The interface of AsyncEngine, over scripts that tests enqueue; one is played per sequence.
+
+    Its events are of `threading`: a test may wait for them in another thread than the loop's.
+    """
+
+    scripts: deque[Script] = field(default_factory=deque)
+    requests: list[SequenceRequest] = field(default_factory=list)
+    aborted: list[str] = field(default_factory=list)
+    """Ids that `abort` was called for while they were running."""
+    is_dead: bool = False
+    is_stopped: bool = False
+    blocked: threading.Event = field(default_factory=threading.Event)
+    """Set when a script waits for ever."""
+    closed: threading.Event = field(default_factory=threading.Event)
+    """Set when a `generate` has ended, in whatever way."""
+    _open_ids: set[str] = field(default_factory=set)
+
+    def enqueue(self, text: str | tuple[int, ...], **options: object) -> None:
+        ids = tuple(text.encode()) if isinstance(text, str) else text
+        self.scripts.append(Script(ids, **options))
+
+    def check_health(self) -> None:
+        if self.is_dead:
+            raise EngineDeadError("The model has failed; the server must be restarted.")
+
+    async def generate(
+        self, requests: Sequence[SequenceRequest]
+    ) -> AsyncGenerator[list[TokenOutput], None]:
+        self.check_health()
+        self.requests += requests
+        own_ids = {request.request_id for request in requests}
+        self._open_ids |= own_ids
+        try:
+            async for outputs in self._play(requests):
+                yield outputs
+        finally:
+            for request_id in own_ids & self._open_ids:
+                self.abort(request_id)
+            self.closed.set()
+
+    async def _play(
+        self, requests: Sequence[SequenceRequest]
+    ) -> AsyncGenerator[list[TokenOutput], None]:
+        scripts = [
+            self.scripts.popleft() if self.scripts else Script(tuple(b"ok")) for _ in requests
+        ]
+        pending = [deque(s.play(r)) for s, r in zip(scripts, requests, strict=True)]
+        while any(pending):
+            await asyncio.sleep(0)
+            outputs = [queue.popleft() for queue in pending if queue]
+            outputs = [output for output in outputs if output.request_id in self._open_ids]
+            self._open_ids -= {o.request_id for o in outputs if o.finish_reason is not None}
+            if outputs:
+                yield outputs
+        if error := next((script.error for script in scripts if script.error), None):
+            raise error
+        if any(request.request_id in self._open_ids for request in requests):
+            self.blocked.set()
+            await asyncio.Event().wait()
+
+    def abort(self, request_id: str) -> None:
+        if request_id in self._open_ids:
+            self._open_ids.remove(request_id)
+            self.aborted.append(request_id)
+
+    def stop(self) -> None:
+        self.is_stopped = True
+
+
+@dataclass(slots=True)
+class FakeModelManager:
+    """The interface of ModelManager that the API uses, around a model that is already there."""
+
+    model: LoadedModel | None
+    names: list[str] = field(default_factory=list)
+
+    @property
+    def current(self) -> LoadedModel:
+        if self.model is None:
+            raise NoModelLoadedError
+        return self.model
+
+    @property
+    def is_loaded(self) -> bool:
+        return self.model is not None
+
+    def list_names(self) -> list[str]:
+        return sorted(self.names)
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE without merges: a token's id is its byte. The ChatML tokens come after."""
+    vocab = {char: byte for byte, char in _byte_characters().items()}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(
+        [AddedToken(text) for text in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|im_end|>"
+    )
+
+
+def _byte_characters() -> dict[int, str]:
+    """Byte-level BPE writes printable bytes as themselves, the others from U+0100 on (GPT-2)."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {
+        byte: chr(256 + i) for i, byte in enumerate(others)
+    }
+
+
+def build_model(engine: FakeEngine, tokenizer: PreTrainedTokenizerFast) -> LoadedModel:
+    return LoadedModel(
+        name="tiny",
+        engine=engine,
+        tokenizer=tokenizer,
+        vocab_size=VOCAB_SIZE,
+        max_model_len=1024,
+        chat_template=ChatTemplate(
+            text=CHATML,
+            name="tiny",
+            source=TemplateSource.MODEL,
+            special_tokens={"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"},
+        ),
+    )

@@ -1,0 +1,231 @@
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+
+from modules.engine.outputs import FinishReason
+from tests.fakes import IM_END, FakeEngine
+from tests.openai.assertions import assert_error_shape, read_events
+
+pytestmark = pytest.mark.anyio
+
+
+async def complete(client: httpx.AsyncClient, **body: Any) -> dict[str, Any]:
+    response = await client.post("/v1/completions", json={"prompt": "Hi", **body})
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+async def stream(client: httpx.AsyncClient, **body: Any) -> list[Any]:
+    body = {"prompt": "Hi", "stream": True, **body}
+    return read_events((await client.post("/v1/completions", json=body)).text)
+
+
+async def test_answer(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    engine.enqueue(" there", num_cached_tokens=1)
+    answer = await complete(client)
+    assert answer.pop("id").startswith("cmpl-")
+    assert isinstance(answer.pop("created"), int)
+    assert answer == {
+        "object": "text_completion",
+        "model": "tiny",
+        "choices": [{"text": " there", "index": 0, "logprobs": None, "finish_reason": "stop"}],
+        "usage": {
+            "prompt_tokens": 2,
+            "completion_tokens": 7,
+            "total_tokens": 9,
+            "prompt_tokens_details": {"cached_tokens": 1},
+        },
+    }
+
+
+async def test_sixteen_tokens_unless_more_are_asked_for(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    for body in ({}, {"max_tokens": None}, {"max_tokens": 20}, {"max_completion_tokens": 3}):
+        engine.enqueue("x" * 40)
+        choice = (await complete(client, **body))["choices"][0]
+        assert choice["finish_reason"] == "length"
+    params = [request.params.max_tokens for request in engine.requests]
+    assert params == [16, 16, 20, 3]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("ab", [(97, 98)]),
+        (["a", "b"], [(97,), (98,)]),
+        ([97, 98], [(97, 98)]),
+        ([[97], [98, 99]], [(97,), (98, 99)]),
+    ],
+)
+async def test_forms_of_prompt(
+    client: httpx.AsyncClient, engine: FakeEngine, prompt: Any, expected: Any
+) -> None:
+    answer = await complete(client, prompt=prompt)
+    assert [request.prompt_token_ids for request in engine.requests] == expected
+    assert answer["usage"]["prompt_tokens"] == sum(map(len, expected))
+    assert [choice["index"] for choice in answer["choices"]] == list(range(len(expected)))
+
+
+@pytest.mark.parametrize("prompt", [[], ["a", 1], [1, "a"], [1, [2]], [True], 5, {"a": 1}, [[1.5]]])
+async def test_other_prompts_are_refused(client: httpx.AsyncClient, prompt: Any) -> None:
+    response = await client.post("/v1/completions", json={"prompt": prompt})
+    assert "token ids" in assert_error_shape(response, 400, param="prompt")
+
+
+@pytest.mark.parametrize("body", [{}, {"prompt": None}])
+async def test_the_prompt_is_required(client: httpx.AsyncClient, body: Any) -> None:
+    response = await client.post("/v1/completions", json=body)
+    assert assert_error_shape(response, 400, param="prompt") == (
+        "Missing required parameter: 'prompt'."
+    )
+
+
+async def test_empty_prompt_and_unknown_id(client: httpx.AsyncClient) -> None:
+    for prompt in ("", [999], [-1]):
+        response = await client.post("/v1/completions", json={"prompt": prompt})
+        assert_error_shape(response, 400, param="prompt")
+
+
+async def test_indices_of_several_choices(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    for text in ("a0", "a1", "b0", "b1"):
+        engine.enqueue(text)
+    answer = await complete(client, prompt=["a", "bb"], n=2)
+    texts = [(choice["index"], choice["text"]) for choice in answer["choices"]]
+    assert texts == [(0, "a0"), (1, "a1"), (2, "b0"), (3, "b1")]
+    assert answer["usage"]["prompt_tokens"] == 3  # each prompt once
+    assert answer["usage"]["completion_tokens"] == 12
+
+
+async def test_cached_tokens_of_a_prompt_count_once(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    for num_tokens in (1, 2, 0, 2):
+        engine.enqueue("x", num_cached_tokens=num_tokens)
+    answer = await complete(client, prompt=["aa", "bb"], n=2)
+    assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 1}
+
+
+async def test_several_choices_interleave_in_a_stream(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    engine.enqueue("ab")
+    engine.enqueue("cd")
+    *events, done = await stream(client, prompt=["1", "2"])
+    assert done == "[DONE]"
+    pieces = [(c["index"], c["text"], c["finish_reason"]) for e in events for c in e["choices"]]
+    assert pieces == [
+        (0, "a", None),
+        (1, "c", None),
+        (0, "b", None),
+        (1, "d", None),
+        (0, "", "stop"),
+        (1, "", "stop"),
+    ]
+
+
+async def test_best_of_ranks_by_mean_logprob(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    engine.enqueue("short", logprob=-2.0)
+    engine.enqueue("a longer one", logprob=-0.5)
+    engine.enqueue("second", logprob=-1.0)
+    answer = await complete(client, best_of=3, n=2)
+    texts = [(choice["index"], choice["text"]) for choice in answer["choices"]]
+    assert texts == [(0, "a longer one"), (1, "second")]
+    assert answer["usage"]["completion_tokens"] == 6 + 13 + 7  # of all candidates
+    assert all(request.params.logprobs for request in engine.requests)
+
+
+async def test_best_of_for_each_prompt(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    for text, logprob in (("a", -1.0), ("A", -0.1), ("b", -0.1), ("B", -1.0)):
+        engine.enqueue(text, logprob=logprob)
+    answer = await complete(client, prompt=["1", "2"], best_of=2)
+    texts = [(choice["index"], choice["text"]) for choice in answer["choices"]]
+    assert texts == [(0, "A"), (1, "b")]
+
+
+async def test_best_of_has_limits(client: httpx.AsyncClient) -> None:
+    for body in ({"n": 3, "best_of": 2}, {"stream": True, "best_of": 2}, {"best_of": 129}):
+        response = await client.post("/v1/completions", json={"prompt": "a", **body})
+        assert_error_shape(response, 400, param="best_of")
+    response = await client.post("/v1/completions", json={"prompt": ["a"] * 100, "n": 100})
+    assert_error_shape(response, 400, param="prompt")
+
+
+@pytest.mark.parametrize("prompt", ["Hé", list("Hé".encode())])
+async def test_echo(client: httpx.AsyncClient, engine: FakeEngine, prompt: Any) -> None:
+    engine.enqueue("!")
+    assert (await complete(client, prompt=prompt, echo=True))["choices"][0]["text"] == "Hé!"
+    engine.enqueue("!")
+    events = await stream(client, prompt=prompt, echo=True)
+    assert [e["choices"][0]["text"] for e in events[:-1]] == ["Hé", "!", ""]
+
+
+async def test_echo_of_each_choice(client: httpx.AsyncClient) -> None:
+    answer = await complete(client, prompt=["a", "b"], n=2, echo=True)
+    assert [choice["text"] for choice in answer["choices"]] == ["aok", "aok", "bok", "bok"]
+
+
+async def test_echo_alone(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    answer = await complete(client, echo=True, max_tokens=0)
+    assert answer["choices"][0]["text"] == "Hi"
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert answer["usage"]["completion_tokens"] == 0
+    assert engine.requests == []
+
+
+@pytest.mark.parametrize("stop", ["END", ["END"], ["nope", "END", ""]])
+async def test_stop_strings_across_tokens(
+    client: httpx.AsyncClient, engine: FakeEngine, stop: Any
+) -> None:
+    engine.enqueue("one ENter END two")
+    answer = await complete(client, stop=stop, max_tokens=50)
+    assert answer["choices"][0]["text"] == "one ENter "
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert answer["usage"]["completion_tokens"] == len("one ENter END")
+    engine.enqueue("one ENter END two")
+    events = await stream(client, stop=stop, max_tokens=50)
+    assert "".join(e["choices"][0]["text"] for e in events[:-1]) == "one ENter "
+    assert len(engine.aborted) == 2
+
+
+async def test_a_held_back_tail_is_not_lost(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    engine.enqueue("the EN")
+    assert (await complete(client, stop="END"))["choices"][0]["text"] == "the EN"
+
+
+async def test_emoji_split_over_tokens(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    text = "a🙂é한"
+    engine.enqueue(text)
+    events = await stream(client)
+    assert [e["choices"][0]["text"] for e in events[:-1]] == ["a", "🙂", "é", "한", ""]
+    engine.enqueue(text.encode()[:3], finish_reason=FinishReason.LENGTH)
+    assert (await complete(client))["choices"][0]["text"] == "a\ufffd"
+
+
+async def test_special_tokens(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    ids = (97, IM_END, 98)
+    engine.enqueue(ids)
+    assert (await complete(client))["choices"][0]["text"] == "ab"
+    engine.enqueue(ids)
+    answer = await complete(client, skip_special_tokens=False)
+    assert answer["choices"][0]["text"] == "a<|im_end|>b"
+
+
+async def test_include_usage(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    events = await stream(client, stream_options={"include_usage": True})
+    *chunks, usage, done = events
+    assert done == "[DONE]"
+    assert all(chunk["usage"] is None for chunk in chunks)
+    assert usage["choices"] == []
+    assert usage["usage"]["total_tokens"] == 5
+    assert all("usage" not in e for e in (await stream(client))[:-1])
+
+
+async def test_prompt_longer_than_the_context(client: httpx.AsyncClient) -> None:
+    response = await client.post("/v1/completions", json={"prompt": "x" * 1024})
+    message = assert_error_shape(response, 400, param="prompt", code="context_length_exceeded")
+    assert "1024 tokens" in message

@@ -1,0 +1,120 @@
+"""The wire schema: ranges, types, nulls, refused fields, and what /docs shows of it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+
+from extensions.openai.typing import REFUSED_FIELDS
+from tests.fakes import FakeEngine
+from tests.openai.assertions import assert_error_shape
+
+pytestmark = pytest.mark.anyio
+
+BAD_VALUES = {
+    "temperature": [-0.1, True, "1", 1e9, [], 1e999],
+    "top_p": [-0.1, 1.1, True, "x"],
+    "min_p": [-0.1, 1.1, False],
+    "top_k": [-2, 1.5, "5", True],
+    "presence_penalty": [1e9, -1e9, "0", True],
+    "frequency_penalty": [1e9, True],
+    "repetition_penalty": [0, -1, True, 1e9],
+    "repetition_penalty_range": [-1, 2.5],
+    "n": [0, -1, 129, 1.5, True, "2"],
+    "max_tokens": [-1, 1.5, True, "16"],
+    "max_completion_tokens": [-1, True],
+    "seed": [1.5, "7", True, 2**63],
+    "stop": [5, True, {"a": 1}],
+    "stop_token_ids": [5, "a"],
+    "stream": [1, "true"],
+    "do_sample": [1],
+    "ban_eos_token": ["false"],
+    "skip_special_tokens": [0],
+    "stream_options": [5, True],
+    "model": [5],
+}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [(field, value) for field, values in BAD_VALUES.items() for value in values]
+)
+async def test_bad_values_are_named(client: httpx.AsyncClient, field: str, value: Any) -> None:
+    content = json.dumps({"prompt": "a", field: value}).replace("Infinity", "1e999")
+    response = await client.post("/v1/completions", content=content)
+    assert f"'{field}'" in assert_error_shape(response, 400, param=field)
+
+
+async def test_the_path_to_a_value_is_named(client: httpx.AsyncClient) -> None:
+    for body, param in (
+        ({"stop": ["a", 5]}, "stop[1]"),
+        ({"stop_token_ids": [1, "a"]}, "stop_token_ids[1]"),
+        ({"stream_options": {"include_usage": "yes"}}, "stream_options.include_usage"),
+    ):
+        response = await client.post("/v1/completions", json={"prompt": "a", **body})
+        assert_error_shape(response, 400, param=param)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"temperature": 0},
+        {"temperature": 5},
+        {"top_p": 0},
+        {"top_k": -1},
+        {"min_p": 1},
+        {"max_tokens": 3.0},
+        {"presence_penalty": -5},
+        {"repetition_penalty": 0.5},
+        {"seed": -1},
+        {"seed": 2**62},
+        {"stop": []},
+        {"stop": ""},
+        {"user": "me", "model": "gpt-3.5-turbo", "metadata": {"a": "b"}, "no_such_field": [1]},
+        dict.fromkeys([*BAD_VALUES, *REFUSED_FIELDS, "echo", "best_of", "user"]),
+    ],
+)
+async def test_good_values(client: httpx.AsyncClient, body: dict[str, Any]) -> None:
+    response = await client.post("/v1/completions", json={"prompt": "a", **body})
+    assert response.status_code == 200, response.text
+
+
+@pytest.mark.parametrize("field", REFUSED_FIELDS)
+async def test_fields_that_do_not_work_yet(client: httpx.AsyncClient, field: str) -> None:
+    for value in (None, *REFUSED_FIELDS[field]):
+        response = await client.post("/v1/completions", json={"prompt": "a", field: value})
+        assert response.status_code == 200, response.text
+    response = await client.post("/v1/completions", json={"prompt": "a", field: {"x": 1}})
+    assert "not supported yet" in assert_error_shape(response, 400, param=field)
+
+
+async def test_zero_is_not_false(client: httpx.AsyncClient) -> None:
+    response = await client.post("/v1/completions", json={"prompt": "a", "logprobs": 0})
+    assert_error_shape(response, 400, param="logprobs")
+
+
+async def test_null_is_the_default(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    await client.post("/v1/completions", json={"prompt": "a"})
+    nulls = dict.fromkeys(BAD_VALUES)
+    await client.post("/v1/completions", json={"prompt": "a", **nulls})
+    first, second = engine.requests
+    assert first.params == second.params
+
+
+async def test_docs(client: httpx.AsyncClient) -> None:
+    document = (await client.get("/openapi.json")).json()
+    schemas = document["components"]["schemas"]
+    for name in ("CompletionRequest", "ChatCompletionRequest"):
+        for field, schema in schemas[name]["properties"].items():
+            assert schema.get("description"), f"{name}.{field} has no description"
+    completion = schemas["CompletionRequest"]["properties"]
+    assert {"type": "string"} in completion["prompt"]["anyOf"]
+    assert {"type": "string"} in completion["stop"]["anyOf"]
+    assert completion["temperature"]["minimum"] == 0
+    assert schemas["CompletionRequest"]["required"] == ["prompt"]
+    assert schemas["Message"]["required"] == ["role"]
+    responses = document["paths"]["/v1/completions"]["post"]["responses"]
+    assert set(responses) == {"200", "4XX", "5XX"}
+    assert document["components"]["securitySchemes"]
