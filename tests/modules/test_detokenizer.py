@@ -14,7 +14,7 @@ from modules.detokenizer import IncrementalDetokenizer
 class ByteTokens:
     """Token ids are bytes; 256 and above are special."""
 
-    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
+    def decode(self, token_ids: list[int], skip_special_tokens: bool) -> str:
         kept = [i for i in token_ids if i < 256]
         return bytes(kept).decode("utf-8", errors="replace")
 
@@ -25,7 +25,7 @@ class Pieces:
     def __init__(self, pieces: list[str]) -> None:
         self.pieces = pieces
 
-    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
+    def decode(self, token_ids: list[int], skip_special_tokens: bool) -> str:
         return "".join(self.pieces[i] for i in token_ids)
 
 
@@ -71,7 +71,7 @@ def test_leading_spaces_of_word_pieces_are_kept() -> None:
     tokenizer.decoder = decoders.Metaspace()
 
     class Words:
-        def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
+        def decode(self, token_ids: list[int], skip_special_tokens: bool) -> str:
             return tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
     assert "".join(read(Words(), [1, 2, 1], prompt_token_ids=[0])) == " world! world"

@@ -1,0 +1,103 @@
+"""Every code block of the README, run against a server with default settings."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from modules.settings import PROJECT_ROOT, load_settings
+
+from .conftest import Server
+
+pytestmark = pytest.mark.server
+
+README = (PROJECT_ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+DOCUMENTED_URL = "http://127.0.0.1:5000"
+
+
+def blocks(language: str, *beginnings: str) -> list[str]:
+    return [
+        text for name, text in BLOCKS if name == language and text.startswith(beginnings or ("",))
+    ]
+
+
+def test_every_block_has_a_test_below() -> None:
+    known = [
+        *blocks("bash", "curl", "python3 start.py", "pip install", "export"),
+        *blocks("python"),
+        *blocks("yaml"),
+    ]
+    assert len(known) == len(BLOCKS)
+
+
+@pytest.mark.parametrize("block", blocks("bash", "curl"))
+def test_curl(server: Server, block: str) -> None:
+    command = block.replace(DOCUMENTED_URL, server.url)
+    result = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, timeout=300, check=True
+    )
+    if '"stream": true' in block:
+        *events, done = re.findall(r"^data: (.*)$", result.stdout, re.MULTILINE)
+        assert done == "[DONE]"
+        deltas = [json.loads(event)["choices"][0]["delta"] for event in events]
+        assert "".join(delta.get("content", "") for delta in deltas).strip()
+    else:
+        (choice,) = json.loads(result.stdout)["choices"]
+        assert (choice.get("text") or choice["message"]["content"]).strip()
+
+
+@pytest.mark.parametrize("block", blocks("python"))
+def test_python(server: Server, block: str, tmp_path: Path) -> None:
+    """As a user runs it: two messages are typed where it asks for them, then the input ends."""
+    path = tmp_path / "example.py"
+    path.write_text(block.replace(DOCUMENTED_URL, server.url))
+    result = subprocess.run(
+        [sys.executable, "-u", str(path)],
+        input="Say hello.\nSay it again, please.\n",
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    if "input(" in block:
+        assert "EOFError" in result.stderr, result.stderr
+        assert result.stdout.count("> ") >= 3
+        assert len(result.stdout) > 20
+    else:
+        assert result.returncode == 0, result.stderr
+        assert len(result.stdout.strip()) > 5
+
+
+@pytest.mark.parametrize("block", blocks("bash", "python3 start.py", "pip install"))
+def test_commands_are_understood(block: str, tmp_path: Path) -> None:
+    """Installing is what CI and test_start.py do; here the flags and the files that are named."""
+    for line in block.strip().splitlines():
+        words = shlex.split(line)
+        for word in words:
+            if word.endswith(".txt"):
+                assert (PROJECT_ROOT / word).is_file()
+        if "server.py" in words or words[:2] == ["python3", "start.py"]:
+            assert (PROJECT_ROOT / words[1]).is_file()
+            verb = words[2:3] in (["test"], ["install"])
+            load_settings(words[3 if verb else 2 :], {}, tmp_path)
+
+
+@pytest.mark.parametrize("block", blocks("bash", "export"))
+def test_exports(block: str) -> None:
+    script = f'{block}\ntest -n "$OPENAI_BASE_URL$OPENAI_API_KEY"'
+    subprocess.run(["bash", "-euc", script], check=True)
+
+
+@pytest.mark.parametrize("block", blocks("yaml"))
+def test_settings(block: str, tmp_path: Path) -> None:
+    (tmp_path / "settings.yaml").write_text(block)
+    settings = load_settings([], {}, tmp_path)
+    assert settings.warnings == ()
+    assert yaml.safe_load(block)["api_port"] == settings.api_port

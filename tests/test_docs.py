@@ -1,0 +1,67 @@
+"""The README against the code: settings, routes and files, in both directions."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from fastapi import FastAPI
+
+from extensions.openai import script
+from modules.context import Context
+from modules.models import ModelManager
+from modules.settings import PROJECT_ROOT, SETTINGS, Setting, Settings
+
+README = (PROJECT_ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def settings_row(setting: Setting) -> str:
+    """How the README's table shows a setting."""
+
+    def code(text: str | None) -> str:
+        return f"`{text}`" if text else ""
+
+    default = "see there" if "\n" in setting.default_text else code(setting.default_text)
+    names = " | ".join((code(setting.flag), code(setting.key), code(setting.env)))
+    return f"| {names} | {default} | {setting.description.replace('|', chr(92) + '|')} |"
+
+
+def test_the_table_of_settings_is_that_of_the_code() -> None:
+    _, _, table = README.partition("| Flag | Key")
+    rows = table.partition("\n\n")[0].splitlines()[2:]
+    assert rows == [settings_row(setting) for setting in SETTINGS]
+
+
+@pytest.fixture(scope="module")
+def routes() -> set[str]:
+    settings = Settings(api=True, extensions=("openai",))
+    app = FastAPI()
+    script.setup(Context(settings, ModelManager(settings), app))
+    return {
+        f"{method.upper()} {path.replace('{model_id}', '{id}')}"
+        for path, methods in app.openapi()["paths"].items()
+        for method in methods
+    }
+
+
+def test_every_route_is_in_the_readme_and_the_reverse(routes: set[str]) -> None:
+    documented = set(re.findall(r"`((?:GET|POST|PUT|DELETE) /\S+)`", README))
+    assert documented - {"GET /docs"} == routes
+
+
+def test_every_module_is_on_the_map() -> None:
+    folders = ("modules", "modules/engine", "extensions/openai")
+    files = [path for folder in folders for path in (PROJECT_ROOT / folder).glob("*.py")]
+    missing = [
+        path.name
+        for path in files
+        if path.name not in ("__init__.py", "outputs.py") and f"{path.name}`" not in README
+    ]
+    assert missing == []
+
+
+def test_every_file_that_the_readme_names_is_there() -> None:
+    named = set(re.findall(r"`((?:modules|extensions|models|tests)/[\w/.-]+)`", README))
+    expected_later = {"models/.converted"}
+    gone = [name for name in named - expected_later if not (PROJECT_ROOT / name).exists()]
+    assert gone == []
