@@ -23,6 +23,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
 from modules import gguf
@@ -141,7 +142,9 @@ def load_model(name: str, settings: Settings) -> LoadedModel:
     device = "cuda" if torch.cuda.is_available() and not settings.cpu else "cpu"
     try:
         config = AutoConfig.from_pretrained(folder, **_source_options(settings))
-        tokenizer = AutoTokenizer.from_pretrained(folder, **_source_options(settings))
+        # What we converted says all about its tokenizer; AutoTokenizer would overrule some of it.
+        tokenizer_class = AutoTokenizer if path.is_dir() else PreTrainedTokenizerFast
+        tokenizer = tokenizer_class.from_pretrained(folder, **_source_options(settings))
         model: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=_choose_dtype(settings, device), **_source_options(settings)
         )

@@ -16,6 +16,8 @@ import pytest
 
 from modules.settings import PROJECT_ROOT
 
+# A reply without `max_tokens` ends here: a small model may go on and on, and a test with it.
+MAX_MODEL_LEN = 768
 START_TIMEOUT = 240.0
 """Seconds: the first start converts the bundled model."""
 URL = re.compile(r"OpenAI compatible API: (\S+)/v1")
@@ -75,8 +77,8 @@ class Server:
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
-    """Default settings, as a user has them."""
-    server = Server("--api", env={"OPENEDAI_PORT": ""}).wait_until_ready()
+    """The settings that a user has, but for the context length."""
+    server = Server("--api", "--max-model-len", str(MAX_MODEL_LEN)).wait_until_ready()
     yield server
     server.stop()
 

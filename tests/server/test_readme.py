@@ -56,19 +56,19 @@ def test_curl(server: Server, block: str) -> None:
 
 @pytest.mark.parametrize("block", blocks("python"))
 def test_python(server: Server, block: str, tmp_path: Path) -> None:
-    """As a user runs it: two messages are typed where it asks for them, then the input ends."""
+    """As a user runs it: a message is typed where it asks for one, then the input ends."""
     path = tmp_path / "example.py"
     path.write_text(block.replace(DOCUMENTED_URL, server.url))
     result = subprocess.run(
         [sys.executable, "-u", str(path)],
-        input="Say hello.\nSay it again, please.\n",
+        input="Say hello.\n",  # one: the reply may be long enough to fill the context
         capture_output=True,
         text=True,
         timeout=300,
     )
     if "input(" in block:
         assert "EOFError" in result.stderr, result.stderr
-        assert result.stdout.count("> ") >= 3
+        assert result.stdout.count("> ") >= 2
         assert len(result.stdout) > 20
     else:
         assert result.returncode == 0, result.stderr

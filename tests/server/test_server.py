@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import datetime
 import json
+import os
 import signal
 import socket
 import ssl
@@ -19,7 +20,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from .conftest import Server
+from .conftest import MAX_MODEL_LEN, Server
 
 pytestmark = pytest.mark.server
 
@@ -40,7 +41,7 @@ def test_the_start_says_what_is_served(server: Server) -> None:
     for line in (
         "Model: SmolLM2-135M-Instruct",
         "Device: cpu, float32",
-        "Context length: 8192 tokens",
+        f"Context length: {MAX_MODEL_LEN} tokens",
         "Chat template: the model's own",
         f"OpenAI compatible API: {server.url}/v1",
     ):
@@ -146,11 +147,12 @@ def test_the_models_own_token_ids(http: httpx.Client) -> None:
 
 
 def test_a_prompt_longer_than_the_context(http: httpx.Client) -> None:
-    response = http.post("/v1/completions", json={"prompt": "word " * 9000})
+    response = http.post("/v1/completions", json={"prompt": "word " * MAX_MODEL_LEN})
     error = response.json()["error"]
     assert response.status_code == 400
     assert error["code"] == "context_length_exceeded"
-    assert "8192" in error["message"] and "9001" in error["message"]
+    assert f"{MAX_MODEL_LEN} tokens" in error["message"]
+    assert f" {MAX_MODEL_LEN + 1}." in error["message"]
 
 
 def test_docs_page(http: httpx.Client) -> None:
@@ -253,10 +255,11 @@ def test_tls_key_settings_file_and_shutdown(other_server: Server, certificate) -
 
         endless = {"prompt": "a", "max_tokens": 8000, "stream": True, "ban_eos_token": True}
         with client.stream("POST", "/v1/completions", json=endless) as response:
-            next(response.iter_lines())
+            lines = response.iter_lines()
+            next(lines)
             other_server.process.send_signal(signal.SIGTERM)
             try:
-                for _line in response.iter_lines():
+                for _line in lines:
                     pass
             except httpx.RemoteProtocolError:
                 pass  # cut off in the middle, as a stopped server does
@@ -269,8 +272,6 @@ def test_public_api_says_when_it_cannot_reach_the_outside(start_server, tmp_path
     program = tmp_path / "cloudflared"
     program.write_text("#!/bin/sh\necho 'dial tcp: no such host' >&2\nexit 1\n")
     program.chmod(0o755)
-    import os
-
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     server = start_server("--api", "--public-api", env={"PATH": path}).wait_until_ready()
     for _ in range(200):
