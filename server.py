@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import logging
 import os
 import socket
+import ssl
 import sys
 import threading
 from dataclasses import replace
@@ -20,7 +23,7 @@ from modules.tunnel import Tunnel
 if TYPE_CHECKING:
     from modules.models import LoadedModel, ModelManager
 
-# Open streams may go on for this long after SIGTERM, in seconds.
+# For clients to read the end of their answers after a signal, in seconds.
 SHUTDOWN_GRACE = 5
 
 
@@ -31,6 +34,8 @@ def main() -> int:
     except ServerError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, SettingsError) else 1
+    except KeyboardInterrupt:  # also what uvicorn raises once it has shut down after a Ctrl-C
+        return 130
     return 0
 
 
@@ -39,6 +44,7 @@ def run(settings: Settings) -> None:
     if not settings.extensions:
         raise SettingsError("There is nothing to serve: start with --api.")
     _set_up_logging(settings)
+    _check_certificate(settings)
     listener = _bind(settings)
 
     # Here and not above: torch takes seconds to load, and a wrong flag is known without it.
@@ -46,17 +52,11 @@ def run(settings: Settings) -> None:
     from modules.extensions import load_extensions
     from modules.models import ModelManager
 
-    app = FastAPI(title="Local OpenAI API", version=VERSION)
+    app = FastAPI(title="Local OpenAI API", version=VERSION, docs_url=None, redoc_url=None)
     manager = ModelManager(settings)
     load_extensions(Context(settings, manager, app))
     _load_model(manager, settings)
-    tunnel = _build_tunnel(settings, listener) if settings.public_api else None
-    try:
-        _Server(app, settings, listener, tunnel).run(sockets=[listener])
-    finally:
-        if tunnel is not None:
-            tunnel.close()
-        manager.unload()
+    _Server(app, settings, listener, manager).run(sockets=[listener])
 
 
 def _set_up_logging(settings: Settings) -> None:
@@ -70,6 +70,19 @@ def _set_up_logging(settings: Settings) -> None:
         print("OPENEDAI_DEBUG is on: prompts and replies are written to the console.")
 
 
+def _check_certificate(settings: Settings) -> None:
+    if settings.ssl_certfile is None:
+        return
+    try:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(settings.ssl_certfile, settings.ssl_keyfile)
+    except OSError as error:  # ssl's own errors are such
+        raise SettingsError(
+            f"{settings.ssl_certfile} and {settings.ssl_keyfile} are no certificate with its key "
+            f"in PEM format ({error})."
+        ) from error
+
+
 def _bind(settings: Settings) -> socket.socket:
     """Take the port before anything slow happens, so that a taken one is known at once."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
@@ -78,12 +91,13 @@ def _bind(settings: Settings) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((settings.host, settings.api_port))
+        listener.listen()  # two may bind the same port, but only one listens
     except OSError as error:
         listener.close()
-        raise SettingsError(
-            f"Port {settings.api_port} on {settings.host} cannot be used ({error.strerror}). "
-            "Choose another with --api-port."
-        ) from error
+        is_port = error.errno in (errno.EADDRINUSE, errno.EACCES)
+        advice = "Choose another with --api-port." if is_port else "See --listen-host."
+        place = f"{settings.host}, port {settings.api_port}"
+        raise SettingsError(f"Cannot listen on {place}: {error.strerror}. {advice}") from error
     return listener
 
 
@@ -106,40 +120,53 @@ def _describe(model: LoadedModel) -> None:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's, which says where it can be reached, once it can."""
+    """uvicorn's, which says where it can be reached, and closes what was opened.
+
+    It closes in `shutdown`, not after `run`: uvicorn ends by raising the signal that ended it.
+    """
 
     def __init__(
-        self, app: FastAPI, settings: Settings, listener: socket.socket, tunnel: Tunnel | None
+        self, app: FastAPI, settings: Settings, listener: socket.socket, manager: ModelManager
     ) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
                 log_level="info" if settings.verbose else "warning",
-                access_log=settings.verbose,
+                access_log=False,  # a URL may hold a key
                 ssl_keyfile=settings.ssl_keyfile,
                 ssl_certfile=settings.ssl_certfile,
                 timeout_graceful_shutdown=SHUTDOWN_GRACE,
             )
         )
-        self._url = _read_url(settings, listener)
-        self._tunnel = tunnel
+        # With the port that was taken, where any free one was asked for.
+        self._url = replace(settings, api_port=listener.getsockname()[1]).base_url
+        self._settings = settings
+        self._manager = manager
+        self._tunnel = Tunnel(self._url, settings.public_api_id) if settings.public_api else None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if not self.started:
             return
-        print(f"OpenAI compatible API: {self._url}/v1", flush=True)
+        _announce(self._url, self._settings)
         if self._tunnel is not None:  # Cloudflare is far away; until then the local address works
             threading.Thread(target=_open_tunnel, args=(self._tunnel,), daemon=True).start()
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._tunnel is not None:
+            self._tunnel.close()
+        # Open generations end with a typed error, which their clients get to read.
+        await asyncio.to_thread(self._manager.unload)
+        await super().shutdown(sockets)
 
-def _read_url(settings: Settings, listener: socket.socket) -> str:
-    """With the port that was taken, where any free one was asked for."""
-    return replace(settings, api_port=listener.getsockname()[1]).base_url
 
-
-def _build_tunnel(settings: Settings, listener: socket.socket) -> Tunnel:
-    return Tunnel(_read_url(settings, listener), settings.public_api_id)
+def _announce(url: str, settings: Settings) -> None:
+    print(f"OpenAI compatible API: {url}/v1", flush=True)
+    is_open = settings.host not in ("127.0.0.1", "::1", "localhost")
+    if is_open:
+        print(f"Listening on {settings.host}: other machines can reach it.", flush=True)
+    if (is_open or settings.public_api) and settings.api_key is None:
+        print("warning: whoever reaches it can use it; --api-key asks for a key.", file=sys.stderr)
 
 
 def _open_tunnel(tunnel: Tunnel) -> None:

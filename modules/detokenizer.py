@@ -43,6 +43,7 @@ class IncrementalDetokenizer:
         # Window: tokens before _num_read are out (or prompt) and only give context.
         self._window = list(prompt_token_ids[-NUM_CONTEXT_TOKENS:])
         self._num_read = len(self._window)
+        self._starts: list[int] = []  # places in the window where a character begins
         self._held = ""
         self.is_stopped = False
 
@@ -72,18 +73,28 @@ class IncrementalDetokenizer:
             return ""
         context = self._decode(self._window[: self._num_read])
         text = self._decode(self._window)
-        num_unread = len(self._window) - self._num_read
-        if text.endswith(REPLACEMENT) and not final and num_unread < MAX_UNDECODED_TOKENS:
+        is_incomplete = text.endswith(REPLACEMENT) and not final
+        is_hopeless = len(self._window) - self._num_read >= MAX_UNDECODED_TOKENS
+        if is_incomplete and not is_hopeless:
             return ""
-        # A context that ends inside a character decodes to a replacement that the new tokens heal.
-        new_text = (
-            text[len(context.rstrip(REPLACEMENT)) :]
-            if text.startswith(context.rstrip(REPLACEMENT))
-            else text[len(context) :]
-        )
-        del self._window[: max(0, self._num_read - NUM_CONTEXT_TOKENS)]
-        self._num_read = len(self._window)
+        # A prompt that ends inside a character decodes to a replacement that new tokens heal.
+        healed = context.rstrip(REPLACEMENT)
+        new_text = text[len(healed if text.startswith(healed) else context) :]
+        if is_incomplete:  # given up: as context it would be read once more
+            self._window, self._starts, self._num_read = [], [], 0
+        else:
+            self._move_window()
         return new_text
+
+    def _move_window(self) -> None:
+        """All is read: forget what no context needs, but never begin inside a character."""
+        self._num_read = len(self._window)
+        self._starts.append(self._num_read)
+        enough = self._num_read - NUM_CONTEXT_TOKENS
+        start = max((start for start in self._starts if start <= enough), default=0)
+        self._window = self._window[start:]
+        self._starts = [other - start for other in self._starts if other > start]
+        self._num_read -= start
 
     def _decode(self, token_ids: list[int]) -> str:
         return self._decoder.decode(token_ids, self._skip_special_tokens)

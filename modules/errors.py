@@ -1,19 +1,21 @@
 """Every error this project raises on purpose. No status codes: the HTTP layer owns that mapping.
 
-ServerError
-├── SettingsError                    a flag, environment variable or settings key is wrong
-├── ExtensionError                   an extension cannot be found, imported or set up
-├── ModelError
-│   ├── ModelNotFoundError           no folder, file, package or hub entry has that name
-│   ├── ModelLoadError               it is there, and cannot be loaded
-│   └── NoModelLoadedError           the request needs a model and none is loaded
-├── InvalidRequestError              what the client asked for makes no sense; names the field
-│   ├── ContextLengthExceededError   the prompt does not fit into the model's context
-│   ├── DataFileNotFoundError        no such character, template, preset or grammar
-│   └── TemplateError                a chat template does not compile, or refuses the messages
-└── EngineError
-    ├── EngineDeadError              the inference thread has ended; nothing can be generated
-    └── GenerationAbortedError       this generation was ended by the server, not by the client
+    ServerError
+    ├── SettingsError                    a flag, environment variable or settings key is wrong
+    ├── ExtensionError                   an extension cannot be found, imported or set up
+    ├── TunnelError                      the public URL cannot be had
+    ├── ModelError
+    │   ├── ModelNotFoundError           no folder, file, package or hub entry has that name
+    │   ├── ModelLoadError               it is there, and cannot be loaded
+    │   └── NoModelLoadedError           the request needs a model and none is loaded
+    ├── InvalidRequestError              what the client asked for makes no sense; names the field
+    │   ├── ContextLengthExceededError   the prompt does not fit into the model's context
+    │   ├── DataFileNotFoundError        no such character, template, preset or grammar
+    │   └── TemplateError                a chat template does not compile, or refuses the messages
+    └── EngineError
+        ├── EngineDeadError              the inference thread has ended; nothing can be generated
+        ├── GenerationFailedError        a fault inside the engine ended this generation
+        └── GenerationAbortedError       the server ended this generation, not the client
 """
 
 
@@ -86,6 +88,11 @@ class EngineError(ServerError):
 
 class EngineDeadError(EngineError):
     pass
+
+
+class GenerationFailedError(EngineError):
+    def __init__(self) -> None:
+        super().__init__("The model failed while it was generating this reply.")
 
 
 class GenerationAbortedError(EngineError):

@@ -667,6 +667,7 @@ _FLAGS_OF_OTHERS: dict[str, str] = {
         "is not offered; a model runs on one device, chosen by itself or with --cpu": """
             auto-devices gpu-memory cpu-memory disk disk-cache-dir
             """,
+        "is not offered yet": "lora lora-dir multimodal-pipeline",
         "is not needed; it is decided when the model is loaded": """
             no-cache force-safetensors no-use-fast use-flash-attention-2 attn-implementation
             alpha-value rope-freq-base compress-pos-emb

@@ -17,7 +17,12 @@ from modules.detokenizer import IncrementalDetokenizer
 from modules.engine.outputs import FinishReason, TokenOutput
 from modules.engine.sampling_params import SamplingParams
 from modules.engine.sequence import SequenceRequest
-from modules.errors import ContextLengthExceededError, GenerationAbortedError, InvalidRequestError
+from modules.errors import (
+    ContextLengthExceededError,
+    GenerationAbortedError,
+    GenerationFailedError,
+    InvalidRequestError,
+)
 from modules.models import LoadedModel
 
 # Encoding a text of this many characters takes about as long as handing it to a thread.
@@ -173,6 +178,8 @@ class _Choice:
         for output in outputs:
             if output.finish_reason is FinishReason.ABORT:
                 raise GenerationAbortedError("The server ended this generation.")
+            if output.finish_reason is FinishReason.ERROR:
+                raise GenerationFailedError
             self._unsent.append(output)
             finish_reason = output.finish_reason
             # The token that ends a sequence is not part of its text.

@@ -12,15 +12,19 @@ import logging
 import queue
 import threading
 import traceback
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass, field
 
 from modules.engine.engine import Engine
 from modules.engine.outputs import TokenOutput
+from modules.engine.scheduler import ScheduledBatch
 from modules.engine.sequence import SequenceRequest
 from modules.errors import EngineDeadError, GenerationAbortedError, ServerError
 
 logger = logging.getLogger(__name__)
+
+# Steps in a row in which every sequence fails, until the model counts as broken.
+MAX_FAILED_STEPS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,7 @@ class AsyncEngine:
         self._streams: dict[str, _Stream] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._death: str | None = None
+        self._num_failed_steps = 0
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
         self._thread.start()
 
@@ -66,7 +71,7 @@ class AsyncEngine:
             raise EngineDeadError(self._death)
 
     async def generate(
-        self, requests: Sequence[SequenceRequest]
+        self, requests: Iterable[SequenceRequest]
     ) -> AsyncGenerator[list[TokenOutput], None]:
         """All outputs of the requests, a list per step, until each is finished or aborted.
 
@@ -78,15 +83,17 @@ class AsyncEngine:
         """
         self.check_health()
         self._loop = asyncio.get_running_loop()
-        stream = _Stream({request.request_id for request in requests})
+        added = tuple(requests)
+        stream = _Stream({request.request_id for request in added})
         self._streams.update(dict.fromkeys(stream.open_ids, stream))
-        self._commands.put(_Add(tuple(requests)))
+        self._commands.put(_Add(added))
         try:
             while stream.open_ids or not stream.inbox.empty():
                 outputs = await stream.inbox.get()
                 if isinstance(outputs, ServerError):
                     raise outputs
-                yield outputs
+                if outputs:
+                    yield outputs
         finally:
             for request_id in tuple(stream.open_ids):
                 self.abort(request_id)
@@ -96,6 +103,7 @@ class AsyncEngine:
         stream = self._streams.pop(request_id, None)
         if stream is not None:
             stream.open_ids.discard(request_id)
+            stream.inbox.put_nowait([])  # whoever waits for more must look again
             self._commands.put(_Abort(request_id))
 
     def stop(self) -> None:
@@ -128,14 +136,40 @@ class AsyncEngine:
     def _run(self) -> None:
         try:
             while self._obey_commands():
-                self._publish(self._engine.step())
+                self._publish(self._step())
         except Exception as error:  # the edge of the thread: every open request must hear of it
-            # Not the message: it may quote a prompt.
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            logger.error("Inference ended: %s at %s:%s", type(error).__name__, *where[:2])
+            _log("Inference ended", error)
             self._die(EngineDeadError("The model has failed; the server must be restarted."))
         else:
-            self._die(GenerationAbortedError("The model was unloaded."))
+            self._die(GenerationAbortedError("The server is shutting this model down."))
+
+    def _step(self) -> list[TokenOutput]:
+        batch = self._engine.schedule()
+        try:
+            outputs = self._engine.execute(batch)
+        except Exception as error:  # one request's fault must not be everybody's
+            _log("A step has failed", error)
+            return self._step_apart(batch)
+        self._num_failed_steps = 0
+        return outputs
+
+    def _step_apart(self, batch: ScheduledBatch) -> list[TokenOutput]:
+        """Each sequence of `batch` on its own; those that fail even so are at fault, and end.
+
+        If that is all of them, time and again, then the model is: the last fault goes on its way.
+        """
+        self._num_failed_steps += 1
+        outputs = []
+        for item in batch.items:
+            try:
+                outputs += self._engine.execute(ScheduledBatch((item,)))
+                self._num_failed_steps = 0
+            except Exception as error:
+                if self._num_failed_steps >= MAX_FAILED_STEPS:
+                    raise
+                _log("A generation has failed", error)
+                outputs.append(self._engine.fail(item.seq.request_id))
+        return outputs
 
     def _obey_commands(self) -> bool:
         """Carry out the inbox, waiting for a command if there is nothing to do; False to stop."""
@@ -160,3 +194,9 @@ class AsyncEngine:
             # a loop that is closed has nobody left to tell
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._fail_all, error)
+
+
+def _log(what: str, error: Exception) -> None:
+    """Without the message, which may quote a prompt."""
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    logger.error("%s: %s at %s:%s", what, type(error).__name__, where.filename, where.lineno)

@@ -8,7 +8,6 @@ to its code.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +40,7 @@ class AttentionBatch:
 
     segments: tuple[Segment, ...]
     kv_cache: KVCache
-    _masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
+    _masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict, init=False)
 
     def mask(self, segment: Segment, window: int | None, device: torch.device) -> Tensor:
         """[num_tokens, end], True where a query may look; made once a step, not once a layer."""
@@ -84,59 +83,90 @@ def packed_attention(
         raise NotImplementedError(f"{type(module).__name__} needs more than causal attention")
     layer = module.layer_idx
     assert isinstance(layer, int)
-    attend = partial(
-        _attend, attention_batch, scaling=scaling, window=sliding_window, softcap=softcap
+    output = attend_packed(
+        attention_batch,
+        layer,
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        scaling=scaling,
+        window=sliding_window,
+        softcap=softcap,
     )
-    outputs = []
-    for segment in attention_batch.segments:
-        row = slice(segment.offset, segment.offset + segment.num_tokens)
-        keys, values = attention_batch.kv_cache.write(
-            layer, segment.slot, segment.start, segment.capacity, key[0, :, row], value[0, :, row]
-        )
-        outputs.append(attend(segment, query[0, :, row], keys, values))
-    return torch.cat(outputs, dim=1).transpose(0, 1)[None], None
+    return output[None], None
 
 
-def _attend(
+def attend_packed(
     batch: AttentionBatch,
-    segment: Segment,
+    layer: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scaling: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """`packed_attention` for `query` [num_tokens, num_heads, head_dim]; returns the same shape."""
+    outputs = []
+    for segment in batch.segments:
+        rows = slice(segment.offset, segment.offset + segment.num_tokens)
+        keys, values = batch.kv_cache.write(
+            layer,
+            segment.slot,
+            segment.start,
+            segment.capacity,
+            key[rows].transpose(0, 1),
+            value[rows].transpose(0, 1),
+        )
+        own = window if window is not None and window < segment.end else None
+        if segment.num_tokens == 1 and softcap is None:
+            outputs.append(_attend_one(query[rows], keys, values, scaling, own))
+        else:
+            is_plain = segment.start == 0 and own is None and softcap is None
+            mask = None if is_plain else batch.mask(segment, own, query.device)
+            attended = _attend_many(query[rows], keys, values, mask, scaling, softcap)
+            outputs.append(attended)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _attend_one(
+    query: Tensor, keys: Tensor, values: Tensor, scaling: float | None, window: int | None
+) -> Tensor:
+    """One new token: `query` [1, num_heads, head_dim] over `keys` [num_kv_heads, end, head_dim].
+
+    The heads that share keys become rows of one query, so their keys are read once.
+    """
+    if window is not None:
+        keys, values = keys[:, -window:], values[:, -window:]
+    packed = query.reshape(keys.shape[0], 1, -1, keys.shape[-1])
+    output = F.scaled_dot_product_attention(packed, keys[:, None], values[:, None], scale=scaling)
+    return output.reshape(1, query.shape[1], -1)
+
+
+def _attend_many(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    *,
+    mask: Tensor | None,
     scaling: float | None,
-    window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """One sequence: `query` [num_heads, n, head_dim] over `keys` [num_kv_heads, end, head_dim]."""
-    num_heads, num_tokens, _ = query.shape
-    num_kv_heads = keys.shape[0]
-    if window is not None and window >= segment.end:
-        window = None
-    if num_tokens == 1 and window is not None:
-        keys, values, window = keys[:, -window:], values[:, -window:], None
-    if num_tokens == 1 and softcap is None:
-        # The heads that share keys become rows of one query: keys are read once for all of them.
-        packed = query.reshape(num_kv_heads, 1, num_heads // num_kv_heads, -1)
-        output = F.scaled_dot_product_attention(
-            packed, keys[:, None], values[:, None], scale=scaling
-        )
-        return output.reshape(num_heads, 1, -1)
+    """`query` [n, num_heads, head_dim] over `keys` [num_kv_heads, end, head_dim].
 
-    grouped = query.unflatten(0, (num_kv_heads, num_heads // num_kv_heads))
+    `mask` [n, end]; None: causal, from the first token on.
+    """
+    num_tokens, num_heads, _ = query.shape
+    grouped = query.transpose(0, 1).unflatten(0, (keys.shape[0], -1))
     shape = (-1, grouped.shape[1], -1, -1)
     keys, values = keys[:, None].expand(shape), values[:, None].expand(shape)
     if softcap is not None:
-        mask = None if num_tokens == 1 else batch.mask(segment, window, query.device)
         output = _softcapped_attention(grouped, keys, values, mask, scaling, softcap)
-    elif segment.start == 0 and window is None:
-        output = F.scaled_dot_product_attention(
-            grouped, keys, values, is_causal=num_tokens > 1, scale=scaling
-        )
     else:
-        mask = batch.mask(segment, window, query.device)
-        output = F.scaled_dot_product_attention(grouped, keys, values, mask, scale=scaling)
-    return output.flatten(0, 1)
+        output = F.scaled_dot_product_attention(
+            grouped, keys, values, mask, is_causal=mask is None, scale=scaling
+        )
+    return output.flatten(0, 1).transpose(0, 1)
 
 
 def _softcapped_attention(

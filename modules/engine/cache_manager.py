@@ -1,8 +1,8 @@
 """CacheManager: who may keep how many keys and values. Accounts in integers; holds no tensor.
 
-Each running sequence owns one slot. A slot's capacity is a whole number of blocks and doubles when
-it is full, so memory follows the tokens that are alive, and the copies that growth costs stay O(1)
-per token.
+Each running sequence owns one slot. A slot's capacity is a whole number of blocks; when it is full
+it doubles, if memory is plenty: so memory follows the tokens that are alive, and the copies that
+growth costs stay O(1) per token.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ class CacheManager:
         missing = self._num_missing_blocks(seq)
         if missing:
             assert seq.slot is not None
-            doubling = self._num_blocks_of[seq.slot]
-            self._grow(seq.slot, min(max(missing, doubling), self.num_free_blocks))
+            # As much again, so that growing is rare; but not at the cost of those who come next.
+            doubling = min(self._num_blocks_of[seq.slot], self.num_free_blocks // 4)
+            self._grow(seq.slot, max(missing, doubling))
 
     def free(self, seq: Sequence) -> None:
         """Take the slot back; without one, nothing happens."""

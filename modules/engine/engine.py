@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from modules.engine.cache_manager import BLOCK_SIZE, CacheManager
 from modules.engine.model_runner import ModelRunner
 from modules.engine.outputs import FinishReason, TokenOutput
-from modules.engine.scheduler import Scheduler
+from modules.engine.scheduler import ScheduledBatch, Scheduler
 from modules.engine.sequence import Sequence, SequenceRequest
 
 
@@ -24,10 +24,14 @@ class EngineConfig:
     num_cache_tokens: int
     """Tokens whose keys and values fit into memory; at least `max_model_len`."""
 
+    def __post_init__(self) -> None:
+        if self.num_cache_tokens < self.max_model_len:
+            raise ValueError("the cache must hold one sequence of max_model_len tokens")
+
 
 class Engine:
     def __init__(self, model: PreTrainedModel, config: EngineConfig) -> None:
-        num_blocks = -(-max(config.num_cache_tokens, config.max_model_len) // BLOCK_SIZE)
+        num_blocks = -(-config.num_cache_tokens // BLOCK_SIZE)
         self.config = config
         self.cache_manager = CacheManager(config.max_num_seqs, num_blocks)
         self.scheduler = Scheduler(
@@ -45,23 +49,49 @@ class Engine:
         return self.scheduler.has_unfinished
 
     def add(self, request: SequenceRequest) -> None:
-        """Queue a generation. The prompt must have a token, and be shorter than `max_model_len`."""
+        """Queue a generation. The prompt must have a token, and be shorter than `max_model_len`.
+
+        Raises ValueError if the id is that of a generation that has not ended.
+        """
+        if request.request_id in self._sequences:
+            raise ValueError(f"{request.request_id} is running already")
         seq = Sequence(request, self.config.max_model_len)
         self._sequences[request.request_id] = seq
         self.scheduler.add(seq)
 
     def abort(self, request_id: str) -> None:
         """End a generation now and free what it holds; idempotent."""
-        seq = self._sequences.pop(request_id, None)
-        if seq is not None:
-            self.scheduler.finish(seq, FinishReason.ABORT)
+        self._finish(request_id, FinishReason.ABORT)
 
     def step(self) -> list[TokenOutput]:
         """Let every running sequence go on by one step; the tokens that were sampled."""
+        return self.execute(self.schedule())
+
+    def schedule(self) -> ScheduledBatch:
         batch = self.scheduler.schedule()
+        self._release()  # of preempted sequences; a slot may be another's in this very batch
+        return batch
+
+    def execute(self, batch: ScheduledBatch) -> list[TokenOutput]:
+        """Run a batch. If that raises, nothing is recorded: it may be tried again, or in parts."""
         sampled = self.runner.run(batch)
         outputs = self.scheduler.update(batch, sampled)
         for output in outputs:
             if output.finish_reason is not None:
                 del self._sequences[output.request_id]
+        self._release()
         return outputs
+
+    def fail(self, request_id: str) -> TokenOutput:
+        """End a generation that cannot go on; the output that says so."""
+        self._finish(request_id, FinishReason.ERROR)
+        return TokenOutput(request_id, token_id=0, finish_reason=FinishReason.ERROR)
+
+    def _finish(self, request_id: str, reason: FinishReason) -> None:
+        seq = self._sequences.pop(request_id, None)
+        if seq is not None:
+            self.scheduler.finish(seq, reason)
+            self._release()
+
+    def _release(self) -> None:
+        self.runner.release(self.cache_manager.take_released())

@@ -33,6 +33,10 @@ class KVCache:
     def release(self, slot: int) -> None:
         self._slots.pop(slot, None)
 
+    def num_bytes(self, slot: int) -> int:
+        """What is allocated for a slot, in bytes, over all layers."""
+        return sum(store.nbytes for store in self._slots.get(slot, {}).values())
+
     def _reserve(
         self, layer: int, slot: int, capacity: int, keys: Tensor, values: Tensor
     ) -> tuple[Tensor, Tensor]:

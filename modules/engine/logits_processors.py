@@ -10,23 +10,31 @@ import torch
 from torch import Tensor
 
 
-def apply_penalties(
-    logits: Tensor, rows: Tensor, token_ids: Tensor, penalties: Tensor, counts: Tensor
+def apply_repetition_penalty(
+    logits: Tensor, rows: Tensor, token_ids: Tensor, penalty: Tensor
 ) -> Tensor:
-    """Repetition, presence and frequency penalties of tokens that have been seen.
+    """Divide the logit of a token that was seen, multiply a negative one (Keskar et al. 2019).
 
-    Args:
-        rows, token_ids: [num_pairs], each (row, token) at most once.
-        penalties: [num_pairs, 3]: repetition (divides a positive logit, multiplies a negative one,
-        Keskar et
-            al. 2019; 1 is neutral), presence and frequency (OpenAI's; 0 is neutral).
-        counts: [num_pairs], how often the token was generated (0: it is only in the prompt).
+    `rows`, `token_ids` [num_pairs]: each (row, token) once; `penalty` [num_pairs], 1 is neutral.
     """
-    repetition, presence, frequency = penalties.unbind(1)
     seen = logits[rows, token_ids]
-    seen = torch.where(seen > 0, seen / repetition, seen * repetition)
-    seen = seen - frequency * counts - presence * (counts > 0)
+    seen = torch.where(seen > 0, seen / penalty, seen * penalty)
     return logits.index_put((rows, token_ids), seen)
+
+
+def apply_count_penalties(
+    logits: Tensor,
+    rows: Tensor,
+    token_ids: Tensor,
+    counts: Tensor,
+    presence: Tensor,
+    frequency: Tensor,
+) -> Tensor:
+    """Subtract `presence` + `frequency` × count from tokens that were generated (OpenAI's API).
+
+    All [num_pairs], each (row, token) once; 0 is neutral.
+    """
+    return logits.index_put((rows, token_ids), -presence - frequency * counts, accumulate=True)
 
 
 def apply_temperature(logits: Tensor, temperature: Tensor) -> Tensor:

@@ -33,12 +33,15 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, batch: ScheduledBatch) -> list[SampledToken]:
         """Read the batch's tokens; a sampled token for each of `batch.sampled`, in order."""
-        for slot in batch.released_slots:
-            self._kv_cache.release(slot)
         logits = self._forward(batch)
         if not batch.sampled:
             return []
         return sample(logits, [item.seq for item in batch.sampled])
+
+    def release(self, slots: tuple[int, ...]) -> None:
+        """Give back the memory of slots that are free."""
+        for slot in slots:
+            self._kv_cache.release(slot)
 
     def _forward(self, batch: ScheduledBatch) -> Tensor:
         """Logits of the sequences that are sampled, [num_sampled, vocab_size], float32."""

@@ -8,6 +8,7 @@ class FinishReason(StrEnum):
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
+    ERROR = "error"
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +16,8 @@ class TokenOutput:
     request_id: str
     token_id: int
     finish_reason: FinishReason | None = None
-    """Set on the last token of a sequence. An end-of-sequence token is reported like any other."""
+    """Set on the last token of a sequence; an end-of-sequence token is reported like any other.
+    With ERROR there is no token, and the id means nothing."""
     num_cached_tokens: int = 0
     """Prompt tokens whose keys and values did not have to be computed."""
     logprob: float | None = None

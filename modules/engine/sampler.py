@@ -8,15 +8,15 @@ any company.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from modules.engine.logits_processors import (
+    apply_count_penalties,
     apply_min_p,
-    apply_penalties,
+    apply_repetition_penalty,
     apply_temperature,
     apply_top_k,
     apply_top_p,
@@ -27,7 +27,12 @@ from modules.engine.sequence import Sequence
 
 
 def sample(logits: Tensor, seqs: list[Sequence]) -> list[SampledToken]:
-    """One token for each of `seqs`; `logits` [num_seqs, vocab_size], float32."""
+    """One token for each of `seqs`; `logits` [num_seqs, vocab_size], float32.
+
+    Raises FloatingPointError when the model has computed something that is no number.
+    """
+    if not logits.amax(-1).isfinite().all():
+        raise FloatingPointError("logits are not finite")
     penalized = _penalize(logits, seqs)
     token_ids = torch.empty(len(seqs), dtype=torch.long, device=logits.device)
     for select, choose in _CHOICES:
@@ -41,32 +46,48 @@ def sample(logits: Tensor, seqs: list[Sequence]) -> list[SampledToken]:
 
 
 def _penalize(logits: Tensor, seqs: list[Sequence]) -> Tensor:
-    rows, token_ids, penalties, counts = [], [], [], []
-    for row, seq in enumerate(seqs):
-        params = seq.params
-        ranged: set[int] = set()
-        generated: Counter[int] = Counter()
-        if params.repetition_penalty != 1.0:
-            # range 0 is all: [-0:] is the whole list
-            ranged = set(seq.token_ids[-params.repetition_penalty_range :])
-        if params.presence_penalty or params.frequency_penalty:
-            generated = Counter(seq.output_token_ids)
-        for token_id in ranged | generated.keys():
-            rows.append(row)
-            token_ids.append(token_id)
-            repetition = params.repetition_penalty if token_id in ranged else 1.0
-            penalties.append((repetition, params.presence_penalty, params.frequency_penalty))
-            counts.append(generated[token_id])
-    if not rows:
+    return _penalize_counts(_penalize_repetition(logits, seqs), seqs)
+
+
+def _penalize_repetition(logits: Tensor, seqs: list[Sequence]) -> Tensor:
+    # a range of 0 is all: [-0:] is the whole list
+    seen = [
+        (row, set(seq.token_ids[-seq.params.repetition_penalty_range :]))
+        for row, seq in enumerate(seqs)
+        if seq.params.repetition_penalty != 1.0
+    ]
+    if not seen:
         return logits
-    device = logits.device
-    return apply_penalties(
+    rows = _repeat(logits, [(row, len(ids)) for row, ids in seen])
+    token_ids = _column(logits, [token_id for _, ids in seen for token_id in ids])
+    penalty = _column(logits, [seq.params.repetition_penalty for seq in seqs])[rows]
+    return apply_repetition_penalty(logits, rows, token_ids, penalty)
+
+
+def _penalize_counts(logits: Tensor, seqs: list[Sequence]) -> Tensor:
+    counted = [
+        (row, seq.output_counts)
+        for row, seq in enumerate(seqs)
+        if seq.params.presence_penalty or seq.params.frequency_penalty
+    ]
+    counted = [(row, counts) for row, counts in counted if counts]
+    if not counted:
+        return logits
+    rows = _repeat(logits, [(row, len(counts)) for row, counts in counted])
+    return apply_count_penalties(
         logits,
-        torch.tensor(rows, device=device),
-        torch.tensor(token_ids, device=device),
-        torch.tensor(penalties, device=device),
-        torch.tensor(counts, device=device),
+        rows,
+        _column(logits, [token_id for _, counts in counted for token_id in counts]),
+        _column(logits, [count for _, counts in counted for count in counts.values()]),
+        _column(logits, [seq.params.presence_penalty for seq in seqs])[rows],
+        _column(logits, [seq.params.frequency_penalty for seq in seqs])[rows],
     )
+
+
+def _repeat(logits: Tensor, rows: list[tuple[int, int]]) -> Tensor:
+    """Row numbers, each as often as it says."""
+    numbers = _column(logits, [row for row, _ in rows])
+    return numbers.repeat_interleave(_column(logits, [times for _, times in rows]))
 
 
 def _choose_greedy(logits: Tensor, seqs: list[Sequence]) -> Tensor:
@@ -81,7 +102,9 @@ def _choose_sampled(logits: Tensor, seqs: list[Sequence]) -> Tensor:
 def _choose_sampled_sorted(logits: Tensor, seqs: list[Sequence]) -> Tensor:
     logits = apply_temperature(logits, _column(logits, [s.params.temperature for s in seqs]))
     logits, order = torch.sort(logits, dim=-1, descending=True, stable=True)
-    logits = apply_top_k(logits, _column(logits, [s.params.top_k for s in seqs]))
+    logits = apply_top_k(
+        logits, _column(logits, [min(s.params.top_k, logits.shape[-1]) for s in seqs])
+    )
     logits = apply_top_p(logits, _column(logits, [s.params.top_p for s in seqs]))
     ranks = _draw(_filter_min_p(logits, seqs), seqs)
     chosen: Tensor = order.gather(-1, ranks[:, None])[:, 0]

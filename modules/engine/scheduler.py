@@ -1,9 +1,9 @@
 """Scheduler: which sequences step now, with how many tokens, and which of them have ended.
 
 There is no prefill phase and no decode phase: every running sequence has tokens that the model has
-not read, and a step reads some of them. Sequences that only miss their last token go first, so a
-long prompt is read in chunks beside running streams and never stops them. Integers only; no
-tensor, no text.
+not read, and a step reads some of them, in the order of admission. A prompt is read to its end
+before the next one is begun, so sequences that only miss their last token come first: a long prompt
+is read in chunks beside running streams and never stops them. Integers only; no tensor, no text.
 """
 
 from __future__ import annotations
@@ -36,8 +36,6 @@ class ScheduledSequence:
 @dataclass(frozen=True, slots=True)
 class ScheduledBatch:
     items: tuple[ScheduledSequence, ...]
-    released_slots: tuple[int, ...]
-    """Slots freed since the last step; one of them may already be in use again."""
 
     @property
     def sampled(self) -> tuple[ScheduledSequence, ...]:
@@ -78,7 +76,7 @@ class Scheduler:
     def schedule(self) -> ScheduledBatch:
         items = self._schedule_running()
         items += self._admit(self._max_num_batched_tokens - sum(i.num_tokens for i in items))
-        return ScheduledBatch(tuple(items), self._cache.take_released())
+        return ScheduledBatch(tuple(items))
 
     def update(self, batch: ScheduledBatch, sampled: list[SampledToken]) -> list[TokenOutput]:
         """Record what a step did; `sampled` holds a token for each of `batch.sampled`."""
@@ -104,7 +102,7 @@ class Scheduler:
     def _schedule_running(self) -> list[ScheduledSequence]:
         budget = self._max_num_batched_tokens
         items: list[ScheduledSequence] = []
-        for seq in sorted(self.running, key=lambda seq: seq.num_uncomputed_tokens > 1):
+        for seq in tuple(self.running):
             if not budget or seq.status is not SequenceStatus.RUNNING:
                 continue
             if not self._make_room(seq, items):
@@ -154,7 +152,7 @@ class Scheduler:
         self.waiting.appendleft(seq)
 
     def _append(self, seq: Sequence, token: SampledToken) -> TokenOutput:
-        seq.token_ids.append(token.token_id)
+        seq.append(token.token_id)
         reason = self._finish_reason(seq, token.token_id)
         if reason is not None:
             self.finish(seq, reason)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -42,14 +43,15 @@ class Sequence:
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0
         self.slot: int | None = None
+        self.output_counts: Counter[int] = Counter()
         room = max_model_len - self.num_prompt_tokens
         self.max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         # One generator per sequence: what else runs cannot change what it draws.
         self.generator = random.Random(params.seed)
 
-    @property
-    def output_token_ids(self) -> list[int]:
-        return self.token_ids[self.num_prompt_tokens :]
+    def append(self, token_id: int) -> None:
+        self.token_ids.append(token_id)
+        self.output_counts[token_id] += 1
 
     @property
     def num_output_tokens(self) -> int:

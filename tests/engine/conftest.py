@@ -44,9 +44,9 @@ CONFIGS: dict[str, PretrainedConfig] = {
 }
 
 
-def build_model(name: str) -> PreTrainedModel:
+def build_model(name: str, configs: dict[str, PretrainedConfig] = CONFIGS) -> PreTrainedModel:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name])
+    model = AutoModelForCausalLM.from_config(configs[name])
     with torch.no_grad():  # the default initialisation is so small that every logit is a near-tie
         for parameter in model.parameters():
             if parameter.dim() > 1:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 from contextlib import aclosing
 
 import pytest
 
-from modules.engine.async_engine import AsyncEngine
+from modules.engine.async_engine import MAX_FAILED_STEPS, AsyncEngine
+from modules.engine.model_runner import ModelRunner
+from modules.engine.outputs import FinishReason
+from modules.engine.scheduler import ScheduledBatch
 from modules.errors import EngineDeadError, GenerationAbortedError
 from tests.engine.conftest import request, run, token_ids
 
@@ -91,10 +95,57 @@ async def test_abort_of_one_lets_the_other_go_on(engine) -> None:
     assert counts["a"] < 300
 
 
-async def test_a_fault_of_the_thread_reaches_every_open_request(engine, caplog) -> None:
+class Faulty:
+    """A runner that fails whenever a sequence with one of these ids is in the batch."""
+
+    def __init__(self, runner: ModelRunner, *request_ids: str) -> None:
+        self.runner = runner
+        self.request_ids = request_ids
+
+    def run(self, batch: ScheduledBatch) -> list:
+        if any(item.seq.request_id in self.request_ids for item in batch.items):
+            raise ValueError("the secret prompt")
+        return self.runner.run(batch)
+
+    def release(self, slots: tuple[int, ...]) -> None:
+        self.runner.release(slots)
+
+
+async def test_a_fault_in_one_request_ends_that_request(engine, make_engine, caplog) -> None:
+    engine._engine.runner = Faulty(engine._engine.runner, "bad")
+    wishes = [request(name, [5, 6, 7], max_tokens=20) for name in ("a", "bad", "b")]
+    reasons: dict[str, FinishReason] = {}
+    tokens: dict[str, list[int]] = {}
+    async with aclosing(engine.generate(wishes)) as steps:
+        async for outputs in steps:
+            for output in outputs:
+                tokens.setdefault(output.request_id, []).append(output.token_id)
+                if output.finish_reason is not None:
+                    reasons[output.request_id] = output.finish_reason
+    assert reasons == {"a": "length", "b": "length", "bad": "error"}
+    alone = make_engine()
+    alone.add(wishes[0])
+    assert tokens["a"] == tokens["b"] == token_ids(run(alone)["a"])
+    engine.check_health()
+    engine._engine.cache_manager.check_integrity()
+    assert "secret" not in caplog.text
+
+
+async def test_an_abort_from_elsewhere_ends_the_generation(engine) -> None:
+    task = asyncio.create_task(collect(engine, request("a", [5, 6], max_tokens=500)))
+    while not engine._engine.has_unfinished:
+        await asyncio.sleep(0)
+    engine.abort("a")
+    await asyncio.wait_for(task, 30)
+
+
+async def test_a_model_that_always_fails_counts_as_dead(engine, caplog) -> None:
     class Broken:
         def run(self, batch: object) -> list:
             raise ValueError("the secret prompt")
+
+        def release(self, slots: tuple[int, ...]) -> None:
+            pass
 
     streams = [engine.generate([request(str(n), [5], max_tokens=400)]) for n in range(2)]
     for stream in streams:
@@ -102,9 +153,12 @@ async def test_a_fault_of_the_thread_reaches_every_open_request(engine, caplog) 
     with caplog.at_level(logging.ERROR):
         engine._engine.runner = Broken()
         for stream in streams:
-            with pytest.raises(EngineDeadError):
-                async for _ in stream:
-                    pass
+            async for outputs in stream:
+                last = outputs[-1]
+            assert last.finish_reason is FinishReason.ERROR
+        for number in range(MAX_FAILED_STEPS):
+            with contextlib.suppress(EngineDeadError):
+                await collect(engine, request(f"next-{number}", [5]))
     with pytest.raises(EngineDeadError):
         engine.check_health()
     with pytest.raises(EngineDeadError):

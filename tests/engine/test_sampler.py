@@ -16,7 +16,7 @@ from transformers import (
 
 from modules.engine.logits_processors import (
     apply_min_p,
-    apply_penalties,
+    apply_repetition_penalty,
     apply_temperature,
     apply_top_k,
     apply_top_p,
@@ -32,7 +32,8 @@ def random_logits(rows: int = 4, vocab: int = 50) -> torch.Tensor:
 
 def sequence(prompt: tuple[int, ...] = (1,), output: tuple[int, ...] = (), **params) -> Sequence:
     seq = Sequence(SequenceRequest("x", prompt, SamplingParams(**params)), 1000)
-    seq.token_ids += output
+    for token_id in output:
+        seq.append(token_id)
     return seq
 
 
@@ -81,10 +82,9 @@ def test_repetition_penalty_equals_transformers() -> None:
     logits = random_logits(1)
     seen = torch.tensor([[3, 9, 9, 20]])
     expected = RepetitionPenaltyLogitsProcessor(1.3)(seen, logits.clone())
-    ids = seen.unique()
-    penalties = torch.tensor([[1.3, 0.0, 0.0]] * 3)
-    zeros = torch.zeros(3, dtype=torch.long)
-    assert torch.allclose(apply_penalties(logits, zeros, ids, penalties, zeros), expected)
+    rows = torch.zeros(3, dtype=torch.long)
+    ours = apply_repetition_penalty(logits, rows, seen.unique(), torch.tensor([1.3] * 3))
+    assert torch.allclose(ours, expected)
 
 
 def test_presence_and_frequency_count_generated_tokens_only() -> None:
@@ -101,7 +101,6 @@ def test_repetition_penalty_range() -> None:
     logits = torch.tensor([[1.0, 0.9, 0.8]])
     prompt = (0, 1, 2, 2)
     for window, expected in ((0, 0), (3, 0), (2, 0)):
-        seq = sequence(prompt, temperature=0, repetition_penalty=2.0)
         seq = sequence(
             prompt, temperature=0, repetition_penalty=2.0, repetition_penalty_range=window
         )
@@ -148,9 +147,35 @@ def test_draws_follow_the_filtered_distribution(params) -> None:
     assert chi_square < limit
 
 
+def test_what_is_no_number_is_refused() -> None:
+    logits = random_logits(2)
+    logits[1, 7] = torch.nan
+    with pytest.raises(FloatingPointError):
+        sample(logits, [sequence(temperature=0), sequence()])
+
+
+def test_a_draw_never_leaves_the_kept_tokens() -> None:
+    """Not even with the largest random number there is."""
+
+    class Largest:
+        def random(self) -> float:
+            return 1 - 2**-53
+
+    logits = torch.full((1, 1000), -torch.inf)
+    logits[0, :3] = 0.0
+    seq = sequence()
+    seq.generator = Largest()
+    assert sample(logits, [seq])[0].token_id == 2
+
+
+def test_top_k_above_the_vocabulary() -> None:
+    assert 0 <= sample(random_logits(1), [sequence(top_k=2**70)])[0].token_id < 50
+
+
 def test_logprobs_are_those_of_the_model_and_only_where_asked() -> None:
     logits = random_logits(2)
-    tokens = sample(logits, [sequence(temperature=0, logprobs=True), sequence(temperature=0.0)])
+    penalized = sequence(output=(5,), temperature=0, logprobs=True, presence_penalty=1.0)
+    tokens = sample(logits, [penalized, sequence(temperature=0.0)])
     expected = logits.log_softmax(-1)[0, tokens[0].token_id].item()
     assert tokens[0].logprob == pytest.approx(expected, abs=1e-5)
     assert tokens[1].logprob is None

@@ -90,11 +90,12 @@ def test_finish_is_idempotent_in_every_state() -> None:
     assert not scheduler.has_unfinished
 
 
-def test_the_cached_slots_of_ended_sequences_are_announced() -> None:
-    scheduler = build(num_slots=1)
-    add(scheduler, "a", 3, max_tokens=1)
-    add(scheduler, "b", 3)
+def test_a_preempted_sequence_is_the_next_to_be_admitted() -> None:
+    scheduler = build(num_blocks=2, budget=1000)
+    old = add(scheduler, "old", BLOCK_SIZE)
+    add(scheduler, "young", BLOCK_SIZE)
     step(scheduler)
-    batch, _ = step(scheduler)
-    assert batch.released_slots == (0,)
-    assert batch.items[0].slot == 0
+    add(scheduler, "late", 1)
+    step(scheduler)
+    scheduler.finish(old, FinishReason.ABORT)
+    assert spans(step(scheduler)[0]) == {"young": (0, BLOCK_SIZE + 1)}

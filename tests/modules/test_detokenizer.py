@@ -57,6 +57,17 @@ def test_garbage_without_end_does_not_pile_up() -> None:
     texts = [detokenizer.add(0x80) for _ in range(200)]
     assert sum(map(len, texts)) > 100
     assert len(detokenizer._window) < 100
+    tokens = [0x80] * 130 + list(b"abc")
+    assert "".join(read(ByteTokens(), tokens)) == "\ufffd" * 130 + "abc"
+
+
+def test_any_mixture_of_bytes_is_read_as_a_whole() -> None:
+    draw = random.Random(0)
+    for _ in range(300):
+        whole = "".join(draw.choice(["a", "é", "日", "👍", " "]) for _ in range(30)).encode()
+        cut = draw.randrange(len(whole))
+        spoilt = whole[:cut] + bytes([draw.randrange(256)]) + whole[cut:]
+        assert "".join(read(ByteTokens(), spoilt)) == spoilt.decode(errors="replace")
 
 
 def test_a_prompt_that_ends_inside_a_character() -> None:

