@@ -46,6 +46,9 @@ def run(settings: Settings) -> None:
     _set_up_logging(settings)
     _check_certificate(settings)
     listener = _bind(settings)
+    # torch's threads wait for each other by spinning, for a core that something else may need just
+    # then: this server's own event loop, for one. Read when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
     # Here and not above: torch takes seconds to load, and a wrong flag is known without it.
     from modules.context import Context

@@ -56,7 +56,7 @@ def make_app(manager: FakeModelManager) -> MakeApp:
     """Builds the app with settings that differ from the defaults."""
 
     def make(**settings: Any) -> FastAPI:
-        app = FastAPI()
+        app = FastAPI(docs_url=None, redoc_url=None)
         script.setup(Context(Settings(**settings), manager, app))
         return app
 
@@ -129,24 +129,33 @@ def serve() -> Serve:
 
 @contextmanager
 def _serve(app: FastAPI) -> Iterator[str]:
-    server = _ReadyServer(uvicorn.Config(app, port=0, log_level="warning"))
+    with run_server(app) as server:
+        yield server.url
+
+
+@contextmanager
+def run_server(app: FastAPI) -> Iterator[ReadyServer]:
+    server = ReadyServer(uvicorn.Config(app, port=0, log_level="warning"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
         assert server.ready.wait(WAIT_SECONDS), "the server did not start"
-        port = server.servers[0].sockets[0].getsockname()[1]
-        yield f"http://127.0.0.1:{port}"
+        yield server
     finally:
         server.should_exit = True
         thread.join(WAIT_SECONDS)
 
 
-class _ReadyServer(uvicorn.Server):
+class ReadyServer(uvicorn.Server):
     """Says when it is ready, so that nobody has to poll."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
         self.ready = threading.Event()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.servers[0].sockets[0].getsockname()[1]}"
 
     async def startup(self, sockets: list[Any] | None = None) -> None:
         await super().startup(sockets)

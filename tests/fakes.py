@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from modules.engine.outputs import FinishReason, TokenOutput
 from modules.engine.sequence import SequenceRequest
-from modules.errors import EngineDeadError, NoModelLoadedError
+from modules.errors import EngineDeadError, GenerationAbortedError, NoModelLoadedError
 from modules.instruction_templates import ChatTemplate, TemplateSource
 from modules.models import LoadedModel
 
@@ -37,7 +37,7 @@ class Script:
     logprob: float = -1.0
     num_cached_tokens: int = 0
     blocks: bool = False
-    """Wait for ever after the tokens, instead of ending."""
+    """Wait after the tokens until the engine is stopped, instead of ending."""
     error: Exception | None = None
     """Raise it after the tokens, instead of ending."""
 
@@ -74,10 +74,11 @@ class FakeEngine:
     is_dead: bool = False
     is_stopped: bool = False
     blocked: threading.Event = field(default_factory=threading.Event)
-    """Set when a script waits for ever."""
+    """Set when a script waits for `stop`."""
     closed: threading.Event = field(default_factory=threading.Event)
     """Set when a `generate` has ended, in whatever way."""
     _open_ids: set[str] = field(default_factory=set)
+    _waiting: list[asyncio.Future[None]] = field(default_factory=list)
 
     def enqueue(self, text: str | tuple[int, ...], **options: object) -> None:
         ids = tuple(text.encode()) if isinstance(text, str) else text
@@ -119,8 +120,14 @@ class FakeEngine:
         if error := next((script.error for script in scripts if script.error), None):
             raise error
         if any(request.request_id in self._open_ids for request in requests):
-            self.blocked.set()
-            await asyncio.Event().wait()
+            await self._wait_for_stop()
+
+    async def _wait_for_stop(self) -> None:
+        stopped = asyncio.get_running_loop().create_future()
+        self._waiting.append(stopped)
+        self.blocked.set()
+        await stopped
+        raise GenerationAbortedError("The server is shutting down.")
 
     def abort(self, request_id: str) -> None:
         if request_id in self._open_ids:
@@ -129,6 +136,8 @@ class FakeEngine:
 
     def stop(self) -> None:
         self.is_stopped = True
+        for stopped in self._waiting:
+            stopped.get_loop().call_soon_threadsafe(stopped.set_result, None)
 
 
 @dataclass(slots=True)

@@ -36,7 +36,12 @@ LIBRARIES = {
     "transformers": {2, 3},
 }
 TORCH_FREE = ("modules/engine/scheduler.py", "modules/engine/cache_manager.py")
-ASYNCIO = ("modules/engine/async_engine.py", "modules/text_generation.py", "extensions/")
+ASYNCIO = (
+    "modules/engine/async_engine.py",
+    "modules/text_generation.py",
+    "extensions/",
+    "server.py",
+)
 
 FILES = sorted(
     path

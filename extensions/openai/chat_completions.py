@@ -9,6 +9,7 @@ from functools import partial
 from fastapi import APIRouter, Request, Response
 
 from extensions.openai import streaming
+from extensions.openai.docs import describe_chat
 from extensions.openai.responses import (
     Envelope,
     Json,
@@ -30,7 +31,7 @@ from modules.text_generation import TextDelta, TextRequest
 
 
 def add_routes(router: APIRouter, context: Context) -> None:
-    @router.post("/v1/chat/completions", tags=["Chat"])
+    @router.post("/v1/chat/completions", tags=["Chat"], responses=describe_chat())
     async def create_chat_completion(request: Request, body: ChatCompletionRequest) -> Response:
         """Reply to a conversation. With `stream`, as server-sent events."""
         answer = await answer_chat(context, body)
@@ -44,7 +45,9 @@ async def answer_chat(context: Context, body: ChatCompletionRequest) -> Answer:
     prompt = await asyncio.to_thread(_build_prompt, context.settings, model, body)
     generation = await text_generation.generate(model, _to_text_request(body, prompt))
     usage = UsageCounter(generation, body.n)
-    deltas = _strip_start(usage.count())
+    deltas = usage.count()
+    if not body.continue_:  # there, a space parts two words
+        deltas = _strip_start(deltas)
     envelope = build_envelope("chatcmpl", model.name)
     return Answer(_build_chunks(envelope, deltas, usage, body.n), partial(_fold, envelope))
 

@@ -8,6 +8,7 @@ from functools import partial
 from fastapi import APIRouter, Request, Response
 
 from extensions.openai import streaming
+from extensions.openai.docs import describe_completion
 from extensions.openai.responses import (
     Envelope,
     Json,
@@ -27,7 +28,7 @@ from modules.text_generation import TextDelta, TextRequest
 
 
 def add_routes(router: APIRouter, context: Context) -> None:
-    @router.post("/v1/completions", tags=["Completions"])
+    @router.post("/v1/completions", tags=["Completions"], responses=describe_completion())
     async def create_completion(request: Request, body: CompletionRequest) -> Response:
         """Continue a text, or several. With `stream`, as server-sent events."""
         answer = await answer_completion(context, body)

@@ -14,6 +14,7 @@ from modules.errors import (
     ContextLengthExceededError,
     EngineDeadError,
     GenerationAbortedError,
+    GenerationFailedError,
     InvalidRequestError,
     ModelLoadError,
     ModelNotFoundError,
@@ -47,6 +48,7 @@ ERROR_KINDS: dict[type[Exception], ErrorKind] = {
     ModelLoadError: ErrorKind(500, "model_load_failed"),
     NoModelLoadedError: ErrorKind(503, "no_model_loaded"),
     EngineDeadError: ErrorKind(503, "engine_dead"),
+    GenerationFailedError: ErrorKind(500, "generation_failed"),
     GenerationAbortedError: ErrorKind(503, "generation_aborted"),
 }
 
@@ -55,6 +57,19 @@ HTTP_CODES: dict[int, str] = {
     404: "unknown_url",
     405: "method_not_supported",
     413: "request_too_large",
+}
+
+# Where pydantic's own words are about Python: its type of error → ours, in JSON's words.
+VALIDATION_MESSAGES: dict[str, str] = {
+    "model_type": "Input should be an object",
+    "model_attributes_type": "Input should be an object",
+    "dict_type": "Input should be an object",
+    "list_type": "Input should be a list",
+    "string_type": "Input should be a string",
+    "bool_type": "Input should be true or false",
+    "int_type": "Input should be an integer",
+    "int_from_float": "Input should be an integer",
+    "float_type": "Input should be a number",
 }
 
 
@@ -112,7 +127,8 @@ def _describe_validation_error(detail: dict[str, Any]) -> tuple[str, str | None]
         return "The body should be a JSON object.", None
     if detail["type"] == "missing":
         return f"Missing required parameter: '{param}'.", param
-    return f"Invalid value for '{param}': {detail['msg']}.", param
+    message = VALIDATION_MESSAGES.get(detail["type"], detail["msg"])
+    return f"Invalid value for '{param}': {message}.", param
 
 
 def _to_param(path: tuple[str | int, ...]) -> str | None:

@@ -3,8 +3,11 @@
 Pure ASGI: what a route sends goes straight through, so a stream is never held back.
 """
 
+import asyncio
+import logging
 import re
 import uuid
+from contextlib import suppress
 
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse
@@ -13,10 +16,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from extensions.openai.errors import HTTP_CODES, ErrorKind, build_error, to_internal_error
 
+logger = logging.getLogger(__name__)
+
 REQUEST_ID = "x-request-id"
 # What may stand in a header and in a line of a log.
 SAFE_REQUEST_ID = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
 API_PREFIX = "/v1/"
+# How much of a body that is too large is read all the same, in times of the limit and in seconds.
+DISCARD_FACTOR = 4
+DISCARD_SECONDS = 5
 
 
 class RequestIdMiddleware:
@@ -92,8 +100,11 @@ class BodyLimitMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        declared = Headers(scope=scope).get("content-length", "")
+        headers = Headers(scope=scope)
+        declared = headers.get("content-length", "")
         if declared.isdecimal() and int(declared) > self.max_bytes:
+            if "expect" not in headers:  # else the client waits for a word before it sends
+                await self._discard(receive)
             body = build_error(ErrorKind(413, HTTP_CODES[413]), self.message)
             response = JSONResponse(body, 413, {"connection": "close"})
             return await response(scope, receive, send)
@@ -104,7 +115,43 @@ class BodyLimitMiddleware:
             message = await receive()
             num_bytes += len(message.get("body", b""))
             if num_bytes > self.max_bytes:
+                if message.get("more_body"):
+                    await self._discard(receive)
                 raise HTTPException(413, self.message, {"connection": "close"})
             return message
 
         return await self.app(scope, receive_within_limit, send)
+
+    async def _discard(self, receive: Receive) -> None:
+        """Read on for a while: who still sends when the connection closes never sees the answer."""
+        num_bytes = 0
+        with suppress(TimeoutError):
+            async with asyncio.timeout(DISCARD_SECONDS):
+                while num_bytes < DISCARD_FACTOR * self.max_bytes:
+                    message = await receive()
+                    num_bytes += len(message.get("body", b""))
+                    if not message.get("more_body"):
+                        return
+
+
+class BodyLogMiddleware:
+    """Logs every body that is read, as OPENEDAI_DEBUG asks for: also one that is refused then.
+
+    At a level that is always shown, since it was asked for by name.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = bytearray()
+
+        async def receive_and_log() -> Message:
+            message = await receive()
+            if message["type"] == "http.request":
+                body.extend(message.get("body", b""))
+                if not message.get("more_body"):
+                    logger.warning("Request: %s", body.decode(errors="replace"))
+            return message
+
+        await self.app(scope, receive_and_log, send)

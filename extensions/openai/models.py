@@ -4,6 +4,7 @@ from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
 
 from extensions.openai.responses import build_model, build_model_list
+from extensions.openai.typing import Model, ModelList
 from modules.context import Context
 
 # Names that clients have built in; a request for them is answered by the loaded model.
@@ -11,12 +12,14 @@ COMPATIBILITY_NAMES = ("gpt-3.5-turbo", "text-embedding-ada-002")
 
 
 def add_routes(router: APIRouter, context: Context) -> None:
-    @router.get("/v1/models", tags=["Models"])
+    @router.head("/v1/models", include_in_schema=False)
+    @router.get("/v1/models", tags=["Models"], responses={200: {"model": ModelList}})
     async def list_models() -> Response:
         """The loaded model, then those that can be loaded, then the names that stand for it."""
         return JSONResponse(build_model_list(list_model_ids(context)))
 
-    @router.get("/v1/models/{model_id:path}", tags=["Models"])
+    @router.head("/v1/models/{model_id:path}", include_in_schema=False)
+    @router.get("/v1/models/{model_id:path}", tags=["Models"], responses={200: {"model": Model}})
     async def get_model(model_id: str) -> Response:
         """A model's entry: whichever is asked for."""
         return JSONResponse(build_model(model_id))

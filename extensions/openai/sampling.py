@@ -20,7 +20,8 @@ def to_sampling_params(
         repetition_penalty_range=options.repetition_penalty_range,
         presence_penalty=options.presence_penalty,
         frequency_penalty=options.frequency_penalty,
-        seed=None if options.seed == -1 else options.seed,
+        # A generator takes -5 for 5; modulo 2**64, no two seeds are the same.
+        seed=None if options.seed == -1 else options.seed % 2**64,
         stop_token_ids=tuple(options.stop_token_ids),
         ignore_eos=options.ban_eos_token or options.ignore_eos,
         logprobs=logprobs,

@@ -3,15 +3,18 @@
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
+from sse_starlette.sse import AppStatus
 from starlette.routing import Match, Route
 from starlette.types import Scope
 
 from extensions.openai import chat_completions, completions, internal, models
 from extensions.openai.auth import build_router
+from extensions.openai.docs import add_docs
 from extensions.openai.errors import add_error_handlers
 from extensions.openai.middleware import (
     REQUEST_ID,
     BodyLimitMiddleware,
+    BodyLogMiddleware,
     InternalErrorMiddleware,
     RequestIdMiddleware,
     TrailingSlashMiddleware,
@@ -29,12 +32,18 @@ def setup(context: Context) -> None:
     context.app.include_router(router)
     options_route = OptionsRoute("/{path:path}", _answer_options, methods=["OPTIONS"])
     context.app.router.routes.append(options_route)
+    add_docs(context.app)
     add_error_handlers(context.app)
     _add_middleware(context.app, context.settings)
+    # At shutdown the engine ends every generation with an error, and each stream sends it on as its
+    # last event; sse-starlette would cut all streams off before.
+    AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]
 
 
 def _add_middleware(app: FastAPI, settings: Settings) -> None:
     """From the innermost to the outermost: each one added surrounds the ones before."""
+    if settings.debug:
+        app.add_middleware(BodyLogMiddleware)
     app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_request_size * MIB)
     app.add_middleware(TrailingSlashMiddleware)
     app.add_middleware(InternalErrorMiddleware, debug=settings.debug)
@@ -44,6 +53,8 @@ def _add_middleware(app: FastAPI, settings: Settings) -> None:
         allow_methods=["*"],
         allow_headers=["*"],
         allow_credentials=True,
+        # Pages on the web may call a server in the local network, where the origins allow it.
+        allow_private_network=True,
         expose_headers=[REQUEST_ID],
     )
     app.add_middleware(RequestIdMiddleware)

@@ -53,7 +53,7 @@ async def send(
     answer: Answer, request: Request, options: GenerationOptions, settings: Settings
 ) -> Response:
     if settings.debug:
-        answer = replace(answer, chunks=_log_in_full(answer.chunks, options))
+        answer = replace(answer, chunks=_log_in_full(answer.chunks))
     if not options.stream:
         return await _send_whole(answer, request)
     dialect = choose_dialect(settings.stream_format, request.headers.get("user-agent", ""))
@@ -69,9 +69,8 @@ def choose_dialect(stream_format: str, user_agent: str) -> Dialect:
     return Dialect.CLASSIC if user_agent.startswith("python-requests/") else Dialect.OPENAI
 
 
-async def _log_in_full(chunks: Chunks, options: GenerationOptions) -> Chunks:
-    """What OPENEDAI_DEBUG asks for, at a level that is always shown: it was asked for by name."""
-    logger.warning("Request: %s", options.model_dump_json(exclude_unset=True))
+async def _log_in_full(chunks: Chunks) -> Chunks:
+    """What OPENEDAI_DEBUG asks for; middleware.BodyLogMiddleware logs the requests."""
     async with aclosing(chunks):
         async for chunk in chunks:
             logger.warning("Reply: %s", _to_json(chunk))

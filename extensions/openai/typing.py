@@ -1,7 +1,7 @@
 """The wire schema: every field that a request may carry, with its default, range and meaning.
 
-What stands here is what users read at /docs. It knows which requests are valid, not what becomes
-of them.
+What stands here is what users read at /docs, and after the requests what answers look like. It
+knows which requests are valid, not what becomes of them.
 """
 
 from collections.abc import Mapping
@@ -24,8 +24,14 @@ from typing_extensions import TypedDict
 
 # Far beyond any meaning, and still harmless in float32 arithmetic.
 MAX_MAGNITUDE = 1e6
+# Of counts and token ids: beyond any meaning, and still fits into every tensor.
+MAX_INT = 2**31 - 1
 MAX_CHOICES_PER_PROMPT = 128
 MAX_CHOICES_PER_REQUEST = 2048
+# Every token of a reply is compared with them.
+MAX_STOP_STRINGS = 64
+MAX_STOP_CHARS = 1000
+MAX_STOP_TOKEN_IDS = 1024
 
 # Known fields that change the meaning of an answer and are not implemented yet, each with the
 # values that ask for nothing. Any other is refused: better no answer than one to another question.
@@ -81,6 +87,11 @@ def _is_neutral(value: Any, neutral_values: tuple[Any, ...]) -> bool:
     )
 
 
+def _example(body: dict[str, Any]) -> ConfigDict:
+    """What /docs sends unless it is edited; without it, every field with some value or other."""
+    return ConfigDict(json_schema_extra={"examples": [body]})
+
+
 def _refuse(field: str, message: str, value: Any) -> NoReturn:
     """Fail as if `field` itself had, so that a check of several fields names the one at fault."""
     error = PydanticCustomError("refused", "{message}", {"message": message})
@@ -94,12 +105,33 @@ def _to_int(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _to_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+def _to_stop_strings(value: Any) -> list[Any]:
+    if not isinstance(value, str | list):
+        message = "Input should be a string or a list of strings"
+        raise PydanticCustomError("stop_type", message)
+    strings = [value] if isinstance(value, str) else value
+    if len(strings) > MAX_STOP_STRINGS:
+        raise PydanticCustomError(
+            "stop_count", "There may be at most {most} stop strings", {"most": MAX_STOP_STRINGS}
+        )
+    if any(isinstance(item, str) and len(item) > MAX_STOP_CHARS for item in strings):
+        raise PydanticCustomError(
+            "stop_length",
+            "A stop string may have at most {most} characters",
+            {"most": MAX_STOP_CHARS},
+        )
+    return strings
 
 
 def _is_token_ids(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int for item in value)
+
+
+def _to_token_ids(value: list[int]) -> tuple[int, ...]:
+    # Which ids the model knows is its own affair; one of a thousand digits is nobody's.
+    if any(abs(item) > MAX_INT for item in value):
+        raise PydanticCustomError("token_id", "A token id is out of every model's range")
+    return tuple(value)
 
 
 def _to_prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
@@ -109,9 +141,9 @@ def _to_prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
         case [_, *_] if all(isinstance(item, str) for item in value):
             return tuple(value)
         case [_, *_] if _is_token_ids(value):
-            return (tuple(value),)
+            return (_to_token_ids(value),)
         case [_, *_] if all(_is_token_ids(item) for item in value):
-            return tuple(tuple(item) for item in value)
+            return tuple(map(_to_token_ids, value))
     raise PydanticCustomError(
         "prompt_type",
         "Input should be a string, a list of strings, a list of token ids "
@@ -120,10 +152,19 @@ def _to_prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
 
 
 Integer = Annotated[int, BeforeValidator(_to_int)]
+# The range comes first: around a validator, or in a union, it would be missing on /docs.
+Count = Annotated[int, Field(ge=0, le=MAX_INT), BeforeValidator(_to_int)]
+NumChoices = Annotated[int, Field(ge=1, le=MAX_CHOICES_PER_PROMPT), BeforeValidator(_to_int)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-MAX_MAGNITUDE, le=MAX_MAGNITUDE)]
+StopString = Annotated[str, Field(max_length=MAX_STOP_CHARS)]
 StopStrings = Annotated[
-    list[str], BeforeValidator(_to_list, json_schema_input_type=str | list[str])
+    list[str],
+    BeforeValidator(
+        _to_stop_strings,
+        json_schema_input_type=StopString
+        | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)],
+    ),
 ]
 Prompts = Annotated[
     tuple[str | tuple[int, ...], ...],
@@ -144,19 +185,6 @@ class WireModel(BaseModel):
         if not isinstance(data, dict):
             return data
         return {name: value for name, value in data.items() if value is not None}
-
-
-class Error(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorResponse(BaseModel):
-    """What every error looks like, in OpenAI's form; `param` names the field at fault."""
-
-    error: Error
 
 
 class StreamOptions(WireModel):
@@ -181,24 +209,20 @@ class GenerationOptions(WireModel):
     stream_options: StreamOptions = Field(
         default_factory=StreamOptions, description="Options that only matter with `stream`."
     )
-    n: Integer = Field(
-        default=1,
-        ge=1,
-        le=MAX_CHOICES_PER_PROMPT,
-        description="How many choices to generate per prompt.",
+    n: NumChoices = Field(default=1, description="How many choices to generate per prompt.")
+    max_tokens: Count | None = Field(
+        default=None, description="Most tokens to generate. null: until the context is full."
     )
-    max_tokens: Integer | None = Field(
-        default=None, ge=0, description="Most tokens to generate. null: until the context is full."
-    )
-    max_completion_tokens: Integer | None = Field(
-        default=None, ge=0, description="OpenAI's newer name of `max_tokens`; wins over it."
+    max_completion_tokens: Count | None = Field(
+        default=None, description="OpenAI's newer name of `max_tokens`; wins over it."
     )
     stop: StopStrings = Field(
         default_factory=list,
         description="A text, or several, at which to stop. It is not part of the answer.",
     )
-    stop_token_ids: list[Integer] = Field(
+    stop_token_ids: list[Count] = Field(
         default_factory=list,
+        max_length=MAX_STOP_TOKEN_IDS,
         description="Token ids at which to stop, beside the model's own end-of-sequence tokens.",
     )
     temperature: float = Field(
@@ -212,7 +236,10 @@ class GenerationOptions(WireModel):
         description="Keep the most probable tokens that together reach this probability.",
     )
     top_k: Integer = Field(
-        default=0, ge=-1, description="Keep this many of the most probable tokens. 0 or -1: all."
+        default=0,
+        ge=-1,
+        le=MAX_INT,
+        description="Keep this many of the most probable tokens. 0 or -1: all.",
     )
     min_p: Fraction = Field(
         default=0.0,
@@ -233,9 +260,8 @@ class GenerationOptions(WireModel):
         description="Divides positive logits of repeated tokens and multiplies negative ones. "
         "1: off.",
     )
-    repetition_penalty_range: Integer = Field(
+    repetition_penalty_range: Count = Field(
         default=1024,
-        ge=0,
         description="How many of the last tokens `repetition_penalty` looks at. 0: all.",
     )
     do_sample: bool = Field(
@@ -270,16 +296,15 @@ class GenerationOptions(WireModel):
 class CompletionRequest(GenerationOptions):
     """Continue a text. Unknown fields are ignored, and null means the default."""
 
+    model_config = _example({"prompt": "This is a cake recipe:\n\n1.", "max_tokens": 100})
+
     prompt: Prompts = Field(
-        description="A text, several texts, or token ids. Each prompt has choices of its own.",
-        examples=["This is a cake recipe:\n\n1."],
+        description="A text, several texts, or token ids. Each prompt has choices of its own."
     )
-    max_tokens: Integer = Field(default=16, ge=0, description="Most tokens to generate.")
+    max_tokens: Count = Field(default=16, description="Most tokens to generate.")
     echo: bool = Field(default=False, description="Begin each choice with its prompt.")
-    best_of: Integer | None = Field(
+    best_of: NumChoices | None = Field(
         default=None,
-        ge=1,
-        le=MAX_CHOICES_PER_PROMPT,
         description="Generate this many candidates per prompt and return the `n` whose tokens are "
         "the most probable on average. Not with `stream`.",
     )
@@ -318,13 +343,11 @@ class Message(TypedDict, total=False):
 class ChatCompletionRequest(GenerationOptions):
     """Reply to a conversation. Unknown fields are ignored, and null means the default."""
 
-    messages: list[Message] = Field(
-        description="The conversation so far.",
-        examples=[[{"role": "user", "content": "Hello!"}]],
-    )
-    max_tokens: Integer | None = Field(
+    model_config = _example({"messages": [{"role": "user", "content": "Hello!"}]})
+
+    messages: list[Message] = Field(description="The conversation so far.")
+    max_tokens: Count | None = Field(
         default=None,
-        ge=0,
         description="Most tokens to generate. null or 0: until the context is full.",
     )
     mode: Literal["instruct", "chat", "chat-instruct"] = Field(
@@ -370,3 +393,91 @@ class ChatCompletionRequest(GenerationOptions):
     add_generation_prompt: bool = Field(
         default=True, description="Open the assistant's turn at the end of the prompt."
     )
+
+
+# Answers: only /docs shows them; responses.py builds them.
+
+
+class Error(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    """What every error looks like, in OpenAI's form; `param` names the field at fault."""
+
+    error: Error
+
+
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int = Field(description="Tokens that an earlier request had already computed.")
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+FinishReason = Annotated[
+    Literal["stop", "length"],
+    Field(description="stop: the text has ended. length: `max_tokens` or the context was full."),
+]
+
+
+class AssistantMessage(BaseModel):
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: AssistantMessage
+    logprobs: None
+    finish_reason: FinishReason
+
+
+class ChatCompletion(BaseModel):
+    id: str
+    object: Literal["chat.completion"]
+    created: int = Field(description="Seconds since 1970.")
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class TextChoice(BaseModel):
+    text: str
+    index: int
+    logprobs: None
+    finish_reason: FinishReason
+
+
+class TextCompletion(BaseModel):
+    id: str
+    object: Literal["text_completion"]
+    created: int = Field(description="Seconds since 1970.")
+    model: str
+    choices: list[TextChoice]
+    usage: Usage
+
+
+class Model(BaseModel):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+
+
+class ModelList(BaseModel):
+    object: Literal["list"]
+    data: list[Model]
+
+
+class Health(BaseModel):
+    status: Literal["ok"]
+    model: str | None = Field(description="Name of the loaded model.")

@@ -28,7 +28,7 @@ class UsageCounter:
         return build_usage(
             self._generation.num_prompt_tokens,
             self._num_completion_tokens,
-            sum(map(self._count_cached, range(len(self._generation.prompt_token_ids)))),
+            self._count_cached(),
         )
 
     def _read(self, delta: TextDelta) -> None:
@@ -37,13 +37,10 @@ class UsageCounter:
             cached = self._num_cached_tokens
             cached[delta.index] = max(cached[delta.index], output.num_cached_tokens)
 
-    def _count_cached(self, prompt_index: int) -> int:
-        """What no choice of the prompt had to compute: one may find what another has just left."""
-        return min(
-            (
-                num_tokens
-                for index, num_tokens in self._num_cached_tokens.items()
-                if index // self._num_choices == prompt_index
-            ),
-            default=0,
-        )
+    def _count_cached(self) -> int:
+        """Of each prompt what no choice had to compute: one may find what another has just left."""
+        shared: dict[int, int] = {}
+        for index, num_tokens in self._num_cached_tokens.items():
+            prompt_index = index // self._num_choices
+            shared[prompt_index] = min(num_tokens, shared.get(prompt_index, num_tokens))
+        return sum(shared.values())

@@ -11,7 +11,7 @@ from tests.openai.assertions import MESSAGES, assert_error_shape
 pytestmark = pytest.mark.anyio
 
 KEY = "schlüssel-1"
-OPEN_PATHS = ("/docs", "/redoc", "/openapi.json")
+OPEN_PATHS = ("/docs", "/docs/static/swagger-ui.css", "/openapi.json")
 ROUTES = [
     ("GET", "/v1/models"),
     ("GET", "/v1/models/some/model"),
@@ -37,6 +37,12 @@ async def test_every_route_asks_for_the_key(
     response = await client.request(method, path)
     assert_error_shape(response, 401, code="invalid_api_key")
     assert response.headers["www-authenticate"] == "Bearer"
+
+
+async def test_head_asks_for_the_key_too(client: httpx.AsyncClient) -> None:
+    for path in ("/v1/models", "/v1/models/tiny", "/v1/internal/health"):
+        assert (await client.head(path)).status_code == 401
+        assert (await client.head(path, headers=bearer(KEY))).status_code == 200
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,15 @@ async def test_continue(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     assert read_prompts(engine)[0].endswith("<|im_start|>assistant\nIt is")
 
 
+async def test_a_continued_message_keeps_its_space(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    messages = [*MESSAGES, {"role": "assistant", "content": "It is"}]
+    engine.enqueue(" noon")
+    answer = await chat(client, messages=messages, continue_=True)
+    assert answer["choices"][0]["message"]["content"] == " noon"
+
+
 async def test_content_parts(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
     await chat(client, messages=[{"role": "user", "content": parts}])

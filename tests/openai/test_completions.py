@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import asyncio
+import time
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import httpx
 import pytest
 
-from modules.engine.outputs import FinishReason
+from extensions.openai.usage import UsageCounter
+from modules.engine.outputs import FinishReason, TokenOutput
+from modules.text_generation import Generation, TextDelta
 from tests.fakes import IM_END, FakeEngine
 from tests.openai.assertions import assert_error_shape, read_events
 
@@ -108,6 +113,26 @@ async def test_cached_tokens_of_a_prompt_count_once(
         engine.enqueue("x", num_cached_tokens=num_tokens)
     answer = await complete(client, prompt=["aa", "bb"], n=2)
     assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 1}
+
+
+def test_cached_tokens_of_many_prompts_are_counted_in_one_pass() -> None:
+    num_prompts = 20_000
+
+    async def play() -> AsyncGenerator[TextDelta, None]:
+        for index in range(num_prompts):
+            yield TextDelta(index, "x", (TokenOutput(str(index), 120, None, 1),))
+
+    async def count() -> dict[str, Any]:
+        usage = UsageCounter(Generation(((120, 120),) * num_prompts, play()), num_choices=1)
+        async for _ in usage.count():
+            pass
+        start = time.perf_counter()
+        counts = usage.build_usage()
+        assert time.perf_counter() - start < 1
+        return counts
+
+    counts = asyncio.run(count())
+    assert counts["prompt_tokens_details"] == {"cached_tokens": num_prompts}
 
 
 async def test_several_choices_interleave_in_a_stream(

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import asyncio
 import logging
+from collections.abc import AsyncIterator
 
 import httpx
 import pytest
 from fastapi import FastAPI, HTTPException
 
+from extensions.openai import middleware
 from extensions.openai.errors import ERROR_KINDS
 from modules import errors
 from modules.errors import NoModelLoadedError, ServerError
-from tests.conftest import MakeApp, connect
+from tests.conftest import WAIT_SECONDS, MakeApp, connect
 from tests.fakes import FakeEngine, FakeModelManager
 from tests.openai.assertions import MESSAGES, assert_error_shape
 
@@ -98,6 +101,52 @@ async def test_body_over_the_limit(make_app: MakeApp) -> None:
         assert_error_shape(response, 413, code="request_too_large")
 
 
+@pytest.mark.parametrize("is_declared", [True, False])
+async def test_a_client_can_send_all_before_it_reads_the_answer(
+    make_app: MakeApp, is_declared: bool
+) -> None:
+    num_sent = 0
+
+    async def chunks() -> AsyncIterator[bytes]:
+        nonlocal num_sent
+        while num_sent < 30:
+            num_sent += 1
+            yield b"x" * 100_000
+
+    headers = {"content-length": "3000000"} if is_declared else {}
+    async with connect(make_app(max_request_size=1)) as client:
+        response = await client.post("/v1/completions", content=chunks(), headers=headers)
+    assert_error_shape(response, 413, code="request_too_large")
+    assert num_sent == 30
+
+
+async def test_an_endless_body_is_not_read_for_ever(
+    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def chunks(num_at_once: int) -> AsyncIterator[bytes]:
+        for _ in range(num_at_once):
+            yield b"x" * 2**20
+        await asyncio.Event().wait()
+
+    async with connect(make_app(max_request_size=1)) as client:
+        for num_at_once, seconds in ((2, 0.1), (10, 60)):  # the time is over; the bytes are enough
+            monkeypatch.setattr(middleware, "DISCARD_SECONDS", seconds)
+            call = client.post("/v1/completions", content=chunks(num_at_once))
+            response = await asyncio.wait_for(call, WAIT_SECONDS)
+            assert_error_shape(response, 413, code="request_too_large")
+
+
+async def test_who_waits_for_a_word_before_sending_is_answered_at_once(make_app: MakeApp) -> None:
+    async def chunks() -> AsyncIterator[bytes]:
+        raise AssertionError("nobody asked for the body")
+        yield b""
+
+    headers = {"content-length": "3000000", "expect": "100-continue"}
+    async with connect(make_app(max_request_size=1)) as client:
+        response = await client.post("/v1/completions", content=chunks(), headers=headers)
+    assert_error_shape(response, 413, code="request_too_large")
+
+
 async def test_a_body_at_the_limit_is_read(make_app: MakeApp) -> None:
     async with connect(make_app(max_request_size=1)) as client:
         content = b'{"prompt": "a"}'.ljust(2**20)
@@ -145,6 +194,27 @@ async def test_no_content_is_logged_unless_asked_for(
         own = "".join(r.getMessage() for r in caplog.records if r.name.startswith("extensions"))
         assert ("my-question" in own, '"content":"R"' in own) == (debug, debug)
         assert "my-key" not in caplog.text
+
+
+@pytest.mark.parametrize("content", [b'{"prompt": 5, "x": "secr\xc3\xa9t"}', b'{"secr\xc3\xa9t'])
+async def test_debug_logs_a_body_that_is_refused(
+    make_app: MakeApp, caplog: pytest.LogCaptureFixture, content: bytes
+) -> None:
+    for debug in (False, True):
+        async with connect(make_app(debug=debug)) as client:
+            response = await client.post("/v1/completions", content=content)
+            assert response.status_code == 400
+        assert caplog.messages == ([f"Request: {content.decode()}"] if debug else [])
+
+
+async def test_debug_logs_without_warnings(
+    make_app: MakeApp, recwarn: pytest.WarningsRecorder
+) -> None:
+    parts = [{"type": "text", "text": "a"}]
+    messages = [{"role": "user", "content": parts, "name": "b"}]
+    async with connect(make_app(debug=True)) as client:
+        assert (await client.post(CHAT, json={"messages": messages})).status_code == 200
+    assert not [item for item in recwarn if "Pydantic" in str(item.message)]
 
 
 def test_every_error_a_request_can_cause_is_in_the_table() -> None:

@@ -51,6 +51,17 @@ async def test_preflight(client: httpx.AsyncClient) -> None:
     assert response.headers["x-request-id"]
 
 
+async def test_preflight_from_the_web_to_the_local_network(client: httpx.AsyncClient) -> None:
+    headers = {
+        **ORIGIN,
+        "access-control-request-method": "POST",
+        "access-control-request-private-network": "true",
+    }
+    response = await client.options("/v1/chat/completions", headers=headers)
+    assert response.status_code == 200
+    assert response.headers["access-control-allow-private-network"] == "true"
+
+
 async def test_cors_on_answers_and_errors(client: httpx.AsyncClient) -> None:
     for path in ("/v1/models", "/nowhere", "/v1/completions"):
         response = await client.get(path, headers=ORIGIN)

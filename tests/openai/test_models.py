@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import httpx
 import pytest
+from fastapi import FastAPI
 
+from tests.conftest import Serve
 from tests.fakes import FakeModelManager
 
 pytestmark = pytest.mark.anyio
@@ -31,6 +33,20 @@ async def test_without_a_model(client: httpx.AsyncClient, manager: FakeModelMana
 async def test_a_model_is_whichever_is_asked_for(client: httpx.AsyncClient, name: str) -> None:
     answer = (await client.get(f"/v1/models/{name}")).json()
     assert answer == {"id": name, "object": "model", "created": 0, "owned_by": "user"}
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/tiny", "/v1/internal/health"])
+async def test_head(app: FastAPI, serve: Serve, path: str) -> None:
+    with serve(app) as url:
+        async with httpx.AsyncClient(base_url=url) as client:
+            head, get = await client.head(path), await client.get(path)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-length"] == get.headers["content-length"]
+
+
+async def test_head_of_what_only_takes_a_body(client: httpx.AsyncClient) -> None:
+    response = await client.head("/v1/completions")
+    assert (response.status_code, response.headers["allow"]) == (405, "POST")
 
 
 async def test_an_escaped_slash_is_a_slash(client: httpx.AsyncClient) -> None:

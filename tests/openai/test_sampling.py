@@ -27,6 +27,8 @@ def test_the_defaults_are_neutral() -> None:
         ({"top_k": -1}, {}),
         ({"seed": -1}, {}),
         ({"seed": 0}, {"seed": 0}),
+        ({"seed": -2}, {"seed": 2**64 - 2}),
+        ({"seed": -(2**63)}, {"seed": 2**63}),
         ({"stop_token_ids": [1, 2]}, {"stop_token_ids": (1, 2)}),
         ({"ban_eos_token": True}, {"ignore_eos": True}),
         ({"ignore_eos": True}, {"ignore_eos": True}),

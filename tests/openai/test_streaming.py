@@ -5,17 +5,24 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import signal
 from typing import Any
 
 import httpx
 import pytest
 from fastapi import FastAPI
+from sse_starlette.sse import AppStatus
 
 from extensions.openai import streaming
 from extensions.openai.streaming import choose_dialect, to_frame
 from modules.engine.outputs import FinishReason
-from modules.errors import EngineDeadError
-from tests.conftest import AsgiCall, MakeApp, Serve, connect, wait_for
+from modules.errors import (
+    EngineDeadError,
+    GenerationAbortedError,
+    GenerationFailedError,
+    InvalidRequestError,
+)
+from tests.conftest import AsgiCall, MakeApp, Serve, connect, run_server, wait_for
 from tests.fakes import FakeEngine
 from tests.openai.assertions import MESSAGES, assert_error_object, assert_error_shape, read_events
 
@@ -125,15 +132,49 @@ async def test_pings_while_nothing_comes(
 # Errors
 
 
+ERRORS = pytest.mark.parametrize(
+    ("error", "status", "fields"),
+    [
+        (EngineDeadError("The model has failed."), 503, {"code": "engine_dead"}),
+        (GenerationAbortedError("Shutting down."), 503, {"code": "generation_aborted"}),
+        (GenerationFailedError(), 500, {"code": "generation_failed"}),
+        (InvalidRequestError("That cannot be.", "top_k"), 400, {"param": "top_k"}),
+    ],
+)
+
+
+@ERRORS
 @ENDPOINTS
 async def test_error_in_a_stream(
-    client: httpx.AsyncClient, engine: FakeEngine, path: str, body: dict[str, Any]
+    client: httpx.AsyncClient,
+    engine: FakeEngine,
+    path: str,
+    body: dict[str, Any],
+    error: Exception,
+    status: int,
+    fields: dict[str, Any],
 ) -> None:
-    engine.enqueue("ab", error=EngineDeadError("The model has failed."))
+    engine.enqueue("ab", error=error)
     response = await stream(client, path, **body)
-    *chunks, error = read_events(response.text)  # no [DONE]
+    *chunks, event = read_events(response.text)  # no [DONE]
     assert len(chunks) >= 2
-    assert assert_error_object(error, 503, code="engine_dead") == "The model has failed."
+    assert assert_error_object(event, status, **fields) == str(error)
+
+
+@ERRORS
+@ENDPOINTS
+async def test_error_in_a_whole_answer(
+    client: httpx.AsyncClient,
+    engine: FakeEngine,
+    path: str,
+    body: dict[str, Any],
+    error: Exception,
+    status: int,
+    fields: dict[str, Any],
+) -> None:
+    engine.enqueue("ab", error=error)
+    response = await client.post(path, json=body)
+    assert assert_error_shape(response, status, **fields) == str(error)
 
 
 async def test_internal_error_in_a_stream(
@@ -150,11 +191,9 @@ async def test_internal_error_in_a_stream(
 
 
 @ENDPOINTS
-async def test_error_in_a_whole_answer(
+async def test_a_whole_answer_that_was_aborted(
     client: httpx.AsyncClient, engine: FakeEngine, path: str, body: dict[str, Any]
 ) -> None:
-    engine.enqueue("ab", error=EngineDeadError("The model has failed."))
-    assert_error_shape(await client.post(path, json=body), 503, code="engine_dead")
     engine.enqueue("ab", finish_reason=FinishReason.ABORT)
     assert_error_shape(await client.post(path, json=body), 503, code="generation_aborted")
 
@@ -165,6 +204,24 @@ async def test_what_can_be_refused_is_refused_before_the_stream(
 ) -> None:
     engine.is_dead = True
     assert_error_shape(await stream(client, path, **body), 503, code="engine_dead")
+
+
+async def test_a_stream_ends_with_an_error_when_the_server_shuts_down(
+    app: FastAPI, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AppStatus, "should_exit", False)  # the signal would leave it on
+    engine.enqueue("ab", blocks=True)
+    with run_server(app) as server:
+        async with (
+            httpx.AsyncClient(base_url=server.url, timeout=5) as client,
+            client.stream("POST", CHAT[0], json={**CHAT[1], "stream": True}) as response,
+        ):
+            await wait_for(engine.blocked)
+            server.handle_exit(signal.SIGTERM, None)
+            assert not AppStatus.should_exit  # else all streams are cut off
+            engine.stop()
+            text = "".join([piece async for piece in response.aiter_text()])
+    assert_error_object(read_events(text)[-1], 503, code="generation_aborted")
 
 
 # Clients that leave

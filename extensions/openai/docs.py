@@ -1,0 +1,88 @@
+"""/docs: Swagger UI from files on this machine, and what it says of answers.
+
+The examples are made by the builders of the answers themselves.
+"""
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.responses import HTMLResponse
+from fastapi.staticfiles import StaticFiles
+from pydantic import BaseModel
+
+from extensions.openai.responses import (
+    Choice,
+    Envelope,
+    Json,
+    build_chat_chunk,
+    build_chat_completion,
+    build_text_chunk,
+    build_text_completion,
+    build_usage,
+)
+from extensions.openai.streaming import DONE, to_frame
+from extensions.openai.typing import ChatCompletion, TextCompletion
+
+STATIC_PATH = "/docs/static"
+MODEL = "SmolLM2-135M-Instruct"
+
+Responses = dict[int | str, dict[str, Any]]
+
+
+def add_docs(app: FastAPI) -> None:
+    app.mount(STATIC_PATH, StaticFiles(packages=[("fastapi_offline", "static")]))
+
+    @app.get("/docs", include_in_schema=False)
+    async def get_docs() -> HTMLResponse:
+        # Addresses are relative: they hold behind a proxy that serves the API under a prefix.
+        static = STATIC_PATH.removeprefix("/")
+        return get_swagger_ui_html(
+            openapi_url="openapi.json",
+            title=app.title,
+            swagger_js_url=f"{static}/swagger-ui-bundle.js",
+            swagger_css_url=f"{static}/swagger-ui.css",
+            swagger_favicon_url=f"{static}/favicon.png",
+            # null: nobody else is asked whether the document is valid.
+            swagger_ui_parameters={"validatorUrl": None},
+        )
+
+
+# What the routes say of their answers
+
+
+def describe_chat() -> Responses:
+    envelope = Envelope("chatcmpl-123", 1700000000, MODEL)
+    choice = Choice(0, "Hello! How can I help you?", "stop")
+    chunks = [
+        build_chat_chunk(envelope, 0, {"role": "assistant", "content": "", "refusal": None}),
+        build_chat_chunk(envelope, 0, {"content": "Hello!"}),
+        build_chat_chunk(envelope, 0, {}, "stop"),
+    ]
+    whole = build_chat_completion(envelope, [choice], build_usage(31, 9, 0))
+    return _describe(ChatCompletion, whole, chunks)
+
+
+def describe_completion() -> Responses:
+    envelope = Envelope("cmpl-123", 1700000000, MODEL)
+    choice = Choice(0, " Preheat the oven.", "stop")
+    chunks = [
+        build_text_chunk(envelope, 0, " Preheat"),
+        build_text_chunk(envelope, 0, "", "stop"),
+    ]
+    whole = build_text_completion(envelope, [choice], build_usage(9, 5, 0))
+    return _describe(TextCompletion, whole, chunks)
+
+
+def _describe(model: type[BaseModel], whole: Json, chunks: list[Json]) -> Responses:
+    stream = b"".join([*map(to_frame, chunks), DONE]).decode()
+    return {
+        200: {
+            "model": model,
+            "description": "The answer; with `stream`, pieces of it as server-sent events.",
+            "content": {
+                "application/json": {"example": whole},
+                "text/event-stream": {"schema": {"type": "string"}, "example": stream},
+            },
+        }
+    }
