@@ -46,9 +46,10 @@ def run(settings: Settings) -> None:
     _set_up_logging(settings)
     _check_certificate(settings)
     listener = _bind(settings)
-    # torch's threads wait for each other by spinning, for a core that something else may need just
-    # then: this server's own event loop, for one. Read when torch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # torch's threads wait for each other by spinning, on cores that something else may need just
+    # then: this server's own event loop, for one. So they may for microseconds, not for ever. Read
+    # when torch is loaded.
+    os.environ.setdefault("GOMP_SPINCOUNT", "4000")
 
     # Here and not above: torch takes seconds to load, and a wrong flag is known without it.
     from modules.context import Context
@@ -105,7 +106,7 @@ def _bind(settings: Settings) -> socket.socket:
 
 
 def _load_model(manager: ModelManager, settings: Settings) -> None:
-    from modules.models import DEFAULT_MODEL, how_to_get_bundled
+    from modules.model_files import DEFAULT_MODEL, how_to_get_bundled
 
     if settings.model is None and DEFAULT_MODEL not in manager.list_names():
         print(f"No model: start with --model NAME. {how_to_get_bundled()}")

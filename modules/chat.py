@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from modules.characters import Character, fill_names, load_character
-from modules.errors import InvalidRequestError, TemplateError
+from modules.errors import InvalidRequestError, TemplateError, TemplateLimitError
 from modules.instruction_templates import (
     ChatTemplate,
     TemplateSource,
@@ -304,6 +304,8 @@ def _render(
                 add_generation_prompt=add_generation_prompt,
                 variables=variables,
             )
+        except TemplateLimitError:
+            raise
         except TemplateError as error:
             refusals.append(error)
             continue

@@ -1,21 +1,22 @@
 """Every error this project raises on purpose. No status codes: the HTTP layer owns that mapping.
 
-    ServerError
-    ├── SettingsError                    a flag, environment variable or settings key is wrong
-    ├── ExtensionError                   an extension cannot be found, imported or set up
-    ├── TunnelError                      the public URL cannot be had
-    ├── ModelError
-    │   ├── ModelNotFoundError           no folder, file, package or hub entry has that name
-    │   ├── ModelLoadError               it is there, and cannot be loaded
-    │   └── NoModelLoadedError           the request needs a model and none is loaded
-    ├── InvalidRequestError              what the client asked for makes no sense; names the field
-    │   ├── ContextLengthExceededError   the prompt does not fit into the model's context
-    │   ├── DataFileNotFoundError        no such character, template, preset or grammar
-    │   └── TemplateError                a chat template does not compile, or refuses the messages
-    └── EngineError
-        ├── EngineDeadError              the inference thread has ended; nothing can be generated
-        ├── GenerationFailedError        a fault inside the engine ended this generation
-        └── GenerationAbortedError       the server ended this generation, not the client
+ServerError
+├── SettingsError                    a flag, environment variable or settings key is wrong
+├── ExtensionError                   an extension cannot be found, imported or set up
+├── TunnelError                      the public URL cannot be had
+├── ModelError
+│   ├── ModelNotFoundError           no folder, file, package or hub entry has that name
+│   ├── ModelLoadError               it is there, and cannot be loaded
+│   └── NoModelLoadedError           the request needs a model and none is loaded
+├── InvalidRequestError              what the client asked for makes no sense; names the field
+│   ├── ContextLengthExceededError   the prompt does not fit into the model's context
+│   ├── DataFileNotFoundError        no such character, template, preset or grammar
+│   └── TemplateError                a chat template does not compile, or refuses the messages
+│       └── TemplateLimitError       it takes too long, or makes too much
+└── EngineError
+    ├── EngineDeadError              the inference thread has ended; nothing can be generated
+    ├── GenerationFailedError        a fault inside the engine ended this generation
+    └── GenerationAbortedError       the server ended this generation, not the client
 """
 
 
@@ -80,6 +81,10 @@ class DataFileNotFoundError(InvalidRequestError):
 
 class TemplateError(InvalidRequestError):
     pass
+
+
+class TemplateLimitError(TemplateError):
+    """With other messages it will be the same again."""
 
 
 class EngineError(ServerError):

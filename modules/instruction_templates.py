@@ -1,28 +1,18 @@
 """Instruction templates: which one a model or a request uses, and messages → text through it.
 
-A template is Jinja text that may come from a stranger: it runs in a sandbox, in bounded time, to a
-bounded length. Knows nothing of modes, characters and requests: that is chat.py.
+Knows nothing of modes, characters and requests: that is chat.py. How a template's text is run, and
+within which limits, is in template_sandbox.py.
 """
 
 import json
 import re
-import time
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence, Sized
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from enum import StrEnum
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NoReturn
-
-import jinja2
-from jinja2 import nodes
-from jinja2.exceptions import SecurityError
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
+from types import CodeType
+from typing import Any
 
 from modules.data_files import load_data_file
 from modules.errors import (
@@ -30,13 +20,14 @@ from modules.errors import (
     InvalidRequestError,
     SettingsError,
     TemplateError,
+    TemplateLimitError,
 )
+from modules.template_sandbox import compile_template, render
 
 TEMPLATES_FOLDER = "instruction-templates"
 CONFIG_FILES = ("config", "config-user")
 MAX_TEMPLATE_CHARS = 64 * 1024
-MAX_RENDERED_CHARS = 4_000_000
-MAX_RENDER_SECONDS = 1.0
+MAX_STOP_CHARS = 256
 
 
 class TemplateSource(StrEnum):
@@ -279,20 +270,6 @@ def _to_expression(text: str) -> str:
 
 # Rendering
 
-# Whatever a template does wrong comes out of it as one of these.
-_FAULTS = (
-    jinja2.TemplateError,
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    MemoryError,
-    RuntimeError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-)
-_STEP = "_step"
-
 
 def render_template(
     template: ChatTemplate,
@@ -301,7 +278,11 @@ def render_template(
     add_generation_prompt: bool,
     variables: Mapping[str, Any],
 ) -> str:
-    """The prompt. Raises TemplateError when the template refuses the messages, or does not end."""
+    """The prompt.
+
+    Raises TemplateError when the template refuses the messages, TemplateLimitError when it takes
+    too long or makes too much.
+    """
     scope = {
         "bos_token": "",
         "eos_token": "",
@@ -312,156 +293,24 @@ def render_template(
         "messages": messages,
         "add_generation_prompt": add_generation_prompt,
     }
-    compiled = _compile(template)
+    code = _compile(template)
     try:
-        return _collect(compiled, scope)
-    except _FAULTS as error:
-        raise TemplateError(
+        return render(code, scope)
+    except TemplateError as error:
+        kind = TemplateLimitError if isinstance(error, TemplateLimitError) else TemplateError
+        raise kind(
             f"The chat template ({template.name}) cannot render these messages: {error}",
             template.param or "messages",
         ) from error
 
 
-def _collect(compiled: jinja2.Template, scope: dict[str, Any]) -> str:
-    step = _make_step()
-    pieces, length = [], 0
-    for piece in compiled.generate(scope | {_STEP: step}):
-        step()
-        length += len(piece)
-        if length > MAX_RENDERED_CHARS:
-            raise jinja2.TemplateRuntimeError(f"more than {MAX_RENDERED_CHARS} characters")
-        pieces.append(piece)
-    return "".join(pieces)
-
-
-def _make_step() -> Callable[[], bool]:
-    """What a template calls at each turn of its loops: raises once its time is over."""
-    deadline = time.thread_time() + MAX_RENDER_SECONDS
-
-    def step() -> bool:
-        if time.thread_time() > deadline:
-            raise jinja2.TemplateRuntimeError(f"no end after {MAX_RENDER_SECONDS} seconds")
-        return True
-
-    return step
-
-
-def _compile(template: ChatTemplate) -> jinja2.Template:
+def _compile(template: ChatTemplate) -> CodeType:
     try:
-        return _compile_text(template.text)
-    except _FAULTS as error:
+        return compile_template(template.text)
+    except TemplateError as error:
         raise TemplateError(
             f"The chat template ({template.name}) does not compile: {error}", template.param
         ) from error
-
-
-@lru_cache(maxsize=64)
-def _compile_text(text: str) -> jinja2.Template:
-    environment = _build_environment()
-    tree = environment.parse(text)
-    for loop in [*tree.find_all(nodes.For)]:
-        _insert_step(loop)
-    for macro in [*tree.find_all(nodes.Macro)]:
-        _insert_step(macro)
-    code = environment.compile(tree)
-    return jinja2.Template.from_code(environment, code, environment.make_globals(None))
-
-
-def _insert_step(node: nodes.For | nodes.Macro) -> None:
-    def call() -> nodes.Call:
-        step = nodes.Name(_STEP, "load", lineno=node.lineno)
-        return nodes.Call(step, [], [], None, None, lineno=node.lineno)
-
-    node.body.insert(0, nodes.ExprStmt(call(), lineno=node.lineno))
-    if isinstance(node, nodes.For) and node.test is not None:
-        node.test = nodes.And(call(), node.test, lineno=node.lineno)
-
-
-@lru_cache(maxsize=1)
-def _build_environment() -> jinja2.Environment:
-    """As templates find it in transformers: filters, functions, tags and whitespace rules."""
-    environment = _Sandbox(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[_GenerationTag, "jinja2.ext.loopcontrols"],
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals.update(
-        raise_exception=_raise_exception,
-        strftime_now=lambda format: datetime.now().strftime(format),
-        namespace=_SafeNamespace,
-    )
-    del environment.globals["lipsum"]
-    return environment
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    intercepted_binops = frozenset({"*", "**"})
-
-    def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
-        raise SecurityError(f"{attribute!r} is out of a template's reach")
-
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        if _measure(operator, left, right) > MAX_RENDERED_CHARS:
-            raise SecurityError(f"{operator} makes something too large")
-        return super().call_binop(context, operator, left, right)
-
-
-def _measure(operator: str, left: Any, right: Any) -> int:
-    """Size of a product or power: items of a sequence, bits of an integer."""
-    match left, right:
-        case int(), int():
-            return left.bit_length() * (right if operator == "**" else 1) + right.bit_length()
-        case Sized(), int():
-            return len(left) * right
-        case int(), Sized():
-            return left * len(right)
-    return 0
-
-
-class _SafeNamespace(Namespace):
-    """Takes no underscored names, behind which Python keeps its own machinery."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__()
-        for name, value in dict(*args, **kwargs).items():
-            self[name] = value
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        if str(name).startswith("_"):
-            raise SecurityError(f"{name!r} is no name for a namespace")
-        super().__setitem__(name, value)
-
-
-class _GenerationTag(Extension):
-    """`{% generation %}` marks the assistant's text for training; here its content passes."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateRuntimeError(message)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Jinja's own escapes for HTML, which a model has never seen."""
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
 
 
 # Stop strings
@@ -488,7 +337,9 @@ def derive_stop_strings(template: ChatTemplate) -> tuple[str, ...]:
     between, question, _ = after.partition(_SENTINELS[2])
     if not (reply and question):
         return ()
-    return tuple(_split_stop_strings(between, template.special_tokens))
+    found = _split_stop_strings(between, template.special_tokens)
+    # The result is kept: a text as long as a template can make it is no stop string.
+    return tuple(text for text in found if len(text) <= MAX_STOP_CHARS)
 
 
 def _split_stop_strings(between: str, special_tokens: Mapping[str, str]) -> Iterable[str]:

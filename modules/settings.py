@@ -53,7 +53,7 @@ def setting(
     return field(default=default, repr=not secret, metadata=metadata)
 
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 StreamFormat = Literal["auto", "openai", "classic"]
 
 NETWORK = "Network"
@@ -112,7 +112,7 @@ class Settings:
         MODEL,
         "auto",
         "Number type of the weights.",
-        aliases=MappingProxyType({"--bf16": "bfloat16"}),
+        aliases=MappingProxyType({"--bf16": "bfloat16", "--load-in-8bit": "int8"}),
     )
     trust_remote_code: bool = setting(
         MODEL, False, "Run Python code that comes with a model. Only for models you trust."
@@ -122,7 +122,10 @@ class Settings:
         ENGINE, 32, "How many sequences are generated at the same time.", minimum=1
     )
     max_num_batched_tokens: int = setting(
-        ENGINE, 512, "How many tokens one step of the model works on at most.", minimum=1
+        ENGINE,
+        512,
+        "How many tokens one step of the model reads at most; a prompt's chunk has half of them.",
+        minimum=1,
     )
     max_model_len: int | None = setting(
         ENGINE,
@@ -662,7 +665,7 @@ _FLAGS_OF_OTHERS: dict[str, str] = {
             """,
         "chooses between loaders; this server has one, transformers": "loader",
         "is not offered; the number type of the weights is chosen with --dtype": """
-            load-in-8bit load-in-4bit use-double-quant compute-dtype quant-type
+            load-in-4bit use-double-quant compute-dtype quant-type
             """,
         "is not offered; a model runs on one device, chosen by itself or with --cpu": """
             auto-devices gpu-memory cpu-memory disk disk-cache-dir

@@ -19,6 +19,7 @@ LAYERS = (
     ("modules.data_files", 1),
     ("modules.presets", 1),
     ("modules.instruction_templates", 1),
+    ("modules.template_sandbox", 1),
     ("modules.characters", 1),
     ("modules.engine.", 2),
     ("modules.detokenizer", 2),

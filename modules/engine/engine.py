@@ -20,7 +20,8 @@ class EngineConfig:
     eos_token_ids: frozenset[int] = frozenset()
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 512
-    """Most tokens that one step reads."""
+    """Most tokens that one step reads; a chunk of a prompt has half of them. At least twice
+    `max_num_seqs` is used."""
     num_cache_tokens: int
     """Tokens whose keys and values fit into memory; at least `max_model_len`."""
 
@@ -37,8 +38,7 @@ class Engine:
         self.scheduler = Scheduler(
             self.cache_manager,
             config.max_num_seqs,
-            # every running sequence gets its token in every step
-            max(config.max_num_batched_tokens, config.max_num_seqs),
+            config.max_num_batched_tokens,
             config.eos_token_ids,
         )
         self.runner = ModelRunner(model)

@@ -1,9 +1,9 @@
 """Scheduler: which sequences step now, with how many tokens, and which of them have ended.
 
 There is no prefill phase and no decode phase: every running sequence has tokens that the model has
-not read, and a step reads some of them, in the order of admission. A prompt is read to its end
-before the next one is begun, so sequences that only miss their last token come first: a long prompt
-is read in chunks beside running streams and never stops them. Integers only; no tensor, no text.
+not read, and a step reads some of them. A prompt is read in chunks, beside running streams, and is
+cut at the same places whatever else runs: where it is cut decides how attention is rounded, so its
+tokens do not depend on its company. Integers only; no tensor, no text.
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ class Scheduler:
         self.running: list[Sequence] = []
         self._cache = cache_manager
         self._max_num_seqs = max_num_seqs
-        self._max_num_batched_tokens = max_num_batched_tokens
+        # With one chunk in it, a step has room for the next token of every other sequence.
+        self._max_num_batched_tokens = max(max_num_batched_tokens, 2 * max_num_seqs)
+        self._chunk_size = self._max_num_batched_tokens // 2
         self._eos_token_ids = eos_token_ids
 
     @property
@@ -103,31 +105,36 @@ class Scheduler:
         budget = self._max_num_batched_tokens
         items: list[ScheduledSequence] = []
         for seq in tuple(self.running):
-            if not budget or seq.status is not SequenceStatus.RUNNING:
+            if seq.status is not SequenceStatus.RUNNING or self._chunk(seq) > budget:
                 continue
             if not self._make_room(seq, items):
                 continue
-            items.append(self._build_item(seq, budget))
+            items.append(self._build_item(seq))
             budget -= items[-1].num_tokens
         return items
 
     def _admit(self, budget: int) -> list[ScheduledSequence]:
         items = []
-        while budget and self.waiting and len(self.running) < self._max_num_seqs:
+        while self.waiting and len(self.running) < self._max_num_seqs:
             seq = self.waiting[0]
-            if not self._cache.can_allocate(seq):
+            if self._chunk(seq) > budget or not self._cache.can_allocate(seq):
                 break
             self.waiting.popleft()
             self._cache.allocate(seq)
             seq.status = SequenceStatus.RUNNING
             self.running.append(seq)
-            items.append(self._build_item(seq, budget))
+            items.append(self._build_item(seq))
             budget -= items[-1].num_tokens
         return items
 
-    def _build_item(self, seq: Sequence, budget: int) -> ScheduledSequence:
+    def _chunk(self, seq: Sequence) -> int:
+        """How many tokens of `seq` a step reads: to its end, or up to the next cut."""
+        to_next_cut = self._chunk_size - seq.num_computed_tokens % self._chunk_size
+        return min(seq.num_uncomputed_tokens, to_next_cut)
+
+    def _build_item(self, seq: Sequence) -> ScheduledSequence:
         start = seq.num_computed_tokens
-        end = min(len(seq.token_ids), start + budget)
+        end = start + self._chunk(seq)
         assert seq.slot is not None
         return ScheduledSequence(
             seq, seq.slot, self._cache.capacity(seq), start, end, end == len(seq.token_ids)

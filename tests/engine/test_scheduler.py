@@ -33,13 +33,31 @@ def spans(batch: ScheduledBatch) -> dict[str, tuple[int, int]]:
 def test_a_long_prompt_is_read_in_chunks_beside_decoding_ones() -> None:
     scheduler = build(budget=100)
     add(scheduler, "short", 10)
-    add(scheduler, "long", 250)
-    add(scheduler, "late", 10)
-    assert spans(step(scheduler)[0]) == {"short": (0, 10), "long": (0, 90)}
+    add(scheduler, "long", 120)
+    add(scheduler, "late", 45)
+    assert spans(step(scheduler)[0]) == {"short": (0, 10), "long": (0, 50)}
     batch, outputs = step(scheduler)
-    assert spans(batch) == {"short": (10, 11), "long": (90, 189)}
-    assert [output.request_id for output in outputs] == ["short"]
-    assert spans(step(scheduler)[0]) == {"short": (11, 12), "long": (189, 250), "late": (0, 10)}
+    assert spans(batch) == {"short": (10, 11), "long": (50, 100), "late": (0, 45)}
+    assert [output.request_id for output in outputs] == ["short", "late"]
+    assert spans(step(scheduler)[0]) == {"short": (11, 12), "long": (100, 120), "late": (45, 46)}
+
+
+def test_prompts_are_cut_at_the_same_places_in_any_company() -> None:
+    lengths = [3, 260, 49, 50, 51, 170, 7, 120]
+    scheduler = build(budget=100)
+    for number, length in enumerate(lengths):
+        add(scheduler, str(number), length, max_tokens=30)
+    cuts: dict[str, list[int]] = {}
+    while scheduler.has_unfinished:
+        decoding = {s.request_id for s in scheduler.running if s.num_uncomputed_tokens == 1}
+        batch, _ = step(scheduler)
+        assert sum(item.num_tokens for item in batch.items) <= 100
+        assert decoding <= spans(batch).keys(), "a stream was stopped"
+        for item in batch.items:
+            if item.end <= lengths[int(item.seq.request_id)]:
+                cuts.setdefault(item.seq.request_id, []).append(item.end)
+    for number, length in enumerate(lengths):
+        assert cuts[str(number)] == [*range(50, length, 50), length]
 
 
 def test_first_come_first_served_even_if_a_later_one_would_fit() -> None:

@@ -8,7 +8,12 @@ import pytest
 
 from modules.chat import ChatOptions, Prompt, build_prompt
 from modules.errors import DataFileNotFoundError, InvalidRequestError, TemplateError
-from modules.instruction_templates import ChatTemplate, TemplateSource, choose_template
+from modules.instruction_templates import (
+    ChatTemplate,
+    TemplateLimitError,
+    TemplateSource,
+    choose_template,
+)
 
 ROOT = Path(__file__).parents[2]
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -206,6 +211,11 @@ class TestTemplatesThatTakeNoSystemMessages:
     def test_users_in_a_row_become_one(self) -> None:
         text = build([user("U1"), user("U2")], own_template(self.STRICT)).text
         assert text == "[user]U1\n\nU2>"
+
+    def test_a_template_beyond_its_limits_is_not_tried_again(self) -> None:
+        tries = "{% for m in messages if m.role == 'system' %}{{ 'x' * 10 ** 9 }}{% endfor %}"
+        with pytest.raises(TemplateLimitError):
+            build(list(self.MESSAGES), own_template(tries))
 
     def test_what_cannot_be_said_at_all_is_refused_in_the_templates_words(self) -> None:
         with pytest.raises(TemplateError, match="not today") as caught:

@@ -1,4 +1,4 @@
-"""Templates: the choice, the file formats, the sandbox and the stop strings."""
+"""Templates: the choice, the file formats, the errors and the stop strings."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from modules.data_files import list_data_files
-from modules.errors import DataFileNotFoundError, SettingsError, TemplateError
+from modules.errors import DataFileNotFoundError, SettingsError, TemplateError, TemplateLimitError
 from modules.instruction_templates import (
     MAX_TEMPLATE_CHARS,
     TEMPLATES_FOLDER,
@@ -209,48 +209,26 @@ class TestFiles:
 
 
 class TestRendering:
-    def test_blocks_leave_no_space_and_no_line(self) -> None:
-        text = (
-            "{% for m in messages %}\n    {% if true %}\n"
-            "{{ m.content }}\n    {% endif %}\n{% endfor %}"
-        )
-        assert render(text) == "Be brief.\nHi\nHello\nBye\n"
-
-    def test_json_is_not_escaped_for_html(self) -> None:
-        assert render("{{ tools | tojson }}", tools=["<ü & 'x'>"]) == "[\"<ü & 'x'>\"]"
-
     def test_tools_are_none_where_there_are_none(self) -> None:
         assert render("{{ tools is none }} {{ documents is none }}") == "True True"
-
-    @pytest.mark.parametrize(
-        ("text", "expected"),
-        [
-            ("{{ strftime_now('%Y') | length }}", "4"),
-            ("{% generation %}a{{ 1 }}{% endgeneration %}", "a1"),
-            (
-                "{% for i in [1, 2, 3] %}{% if i > 2 %}{% break %}{% endif %}{{ i }}{% endfor %}",
-                "12",
-            ),
-            ("{% for i in [1, 2, 3] if i > 1 %}{{ loop.index }}-{{ i }} {% endfor %}", "1-2 2-3 "),
-            ("{% for i in [1, 2] %}{{ loop.last }}{% else %}none{% endfor %}", "FalseTrue"),
-            ("{% for i in [] %}{{ i }}{% else %}none{% endfor %}", "none"),
-            ("{% macro f(x) %}<{{ x }}>{% endmacro %}{{ f('y') }}", "<y>"),
-            ("{% set n = namespace(a=2) %}{% set n.a = n.a * 3 %}{{ n.a }}", "6"),
-            (
-                "{{ dict(a=1).a }}{{ '-' * 3 }}{{ 2 ** 3 }}{{ [0] * 2 }}{{ 2 * 'x' }}",
-                "1---8[0, 0]xx",
-            ),
-        ],
-    )
-    def test_what_templates_expect_is_there(self, text: str, expected: str) -> None:
-        assert render(text) == expected
 
     def test_variables_do_not_hide_the_messages(self) -> None:
         assert render("{{ messages | length }}", messages=[]) == "4"
 
-    def test_the_templates_own_refusal_is_shown(self) -> None:
-        with pytest.raises(TemplateError, match="Roles must alternate"):
-            render("{{ raise_exception('Roles must alternate') }}")
+    @pytest.mark.parametrize(
+        ("text", "kind"),
+        [
+            ("{{ raise_exception('Roles must alternate') }}", TemplateError),
+            ("{{ 'a' * 10 ** 9 }}", TemplateLimitError),
+        ],
+    )
+    def test_an_error_names_the_template_and_its_field(
+        self, text: str, kind: type[TemplateError]
+    ) -> None:
+        with pytest.raises(kind, match="instruction_template_str.*: (Roles|it makes)") as caught:
+            render(text)
+        assert type(caught.value) is kind
+        assert caught.value.param == "instruction_template_str"
 
     @pytest.mark.parametrize("text", ["{% if %}", "{{ (", "{% for x in %}", "{{ 1 | nofilter }}"])
     def test_a_template_that_does_not_compile_names_its_field(self, text: str) -> None:
@@ -261,48 +239,6 @@ class TestRendering:
     def test_a_very_long_template_is_refused(self) -> None:
         with pytest.raises(TemplateError, match="characters"):
             make_template("x" * (MAX_TEMPLATE_CHARS + 1))
-
-    @pytest.mark.parametrize(
-        "text",
-        [
-            "{{ ''.__class__ }}",
-            "{{ ''.__class__.__mro__ }}",
-            "{{ ''['__class__'] }}",
-            "{{ '' | attr('__class__') }}",
-            "{{ raise_exception.__globals__ }}",
-            "{{ '{0.__class__}'.format('') }}",
-            "{{ cycler.__init__ }}",
-            "{% set n = namespace(__class__=1) %}",
-            "{% set n = namespace() %}{% set n._a = 1 %}",
-            "{{ messages.append(1) }}",
-            "{{ messages[0].update({'a': 1}) }}",
-            "{{ missing.attribute }}",
-            "{{ 1 / 0 }}",
-            "{{ 'a' + 1 }}",
-        ],
-    )
-    def test_what_is_out_of_reach_or_wrong_is_a_template_error(self, text: str) -> None:
-        with pytest.raises(TemplateError):
-            render(text)
-
-    @pytest.mark.parametrize(
-        "text",
-        [
-            "{{ 'a' * 10 ** 9 }}",
-            "{{ [0] * 10 ** 9 }}",
-            "{{ 10 ** (10 ** 9) }}",
-            "{% for i in range(10 ** 9) %}{% endfor %}",
-            "{% for i in range(99999) %}{{ 'a' * 99 }}{% endfor %}",
-            "{% for i in r %}{% for j in r %}{% for k in r %}{% endfor %}{% endfor %}{% endfor %}",
-            "{% for i in r %}{% for j in r if false %}{% endfor %}{% endfor %}",
-            "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-            "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}"
-            "{{ f(99) }}",
-        ],
-    )
-    def test_what_does_not_end_is_ended(self, text: str) -> None:
-        with pytest.raises(TemplateError):
-            render("{% set r = range(99999) %}" + text)
 
 
 class TestStopStrings:
@@ -335,6 +271,7 @@ class TestStopStrings:
         [
             "{{ raise_exception('no') }}",
             "fixed",
+            "{% for m in messages %}{{ m.content }}<{{ 'x' * 1000 }}>{% endfor %}",
             "{{ messages[0].content }}",
             "{% for m in messages %}{{ m.content }}\n\n{% endfor %}",
         ],

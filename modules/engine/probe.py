@@ -1,0 +1,190 @@
+"""The probe: does this model say in packed batches what it says on its own? Run once, at load.
+
+Families differ in ways that no attribute of theirs tells: state outside the keys and values, masks
+that only their own attention sees, arguments that get lost on the way. Nothing would fail then, the
+text would just be wrong. So what a model can do is not looked up, it is tried.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from modules.engine.kv_cache import KVCache
+from modules.engine.model_runner import ModelRunner, can_batch
+from modules.engine.scheduler import ScheduledBatch, ScheduledSequence
+from modules.engine.sequence import Sequence, SequenceRequest
+from modules.errors import ModelLoadError
+
+# How far the two sequences have been read after each step. Then the first one reads another chunk,
+# the second one a single token beside it.
+STEPS = ((17, 11), (28, 12))
+# In tokens: what the prompts outgrow.
+WINDOW = 10
+# Of the logits' length as a vector. Both ways add the same numbers in another order: in float32
+# that makes 1e-6 to 1e-4. The others round each layer's result to 8 or 11 bits, which makes up to
+# a few per cent in a deep model. A mask or a state that is wrong makes tens of per cent.
+TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-3}
+TOLERANCE_OF_HALVES = 0.1
+
+# What code that was not written for this engine raises in it.
+_FAULTS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeResult:
+    kv_bytes_per_token: int
+    """Keys and values of one token in all layers, as they are stored."""
+
+
+def probe(model: PreTrainedModel) -> ProbeResult:
+    """Let `model` read two sequences side by side and each alone, and compare.
+
+    It has the engine's attention from then on.
+
+    Raises ModelLoadError if the results differ, or if the model cannot do it at all.
+    """
+    if not can_batch(model):
+        raise _refusal(model, "its attention cannot be exchanged")
+    model.eval()
+    try:
+        with torch.inference_mode(), _short_windows(model):
+            return _compare(model)
+    except torch.OutOfMemoryError:
+        raise  # says nothing about the model
+    except _FAULTS as error:
+        raise _refusal(model, f"{type(error).__name__} in a trial run") from error
+
+
+def _compare(model: PreTrainedModel) -> ProbeResult:
+    prompts = _prompts(model)
+    # Eager is the definition; transformers' faster functions leave out what they do not know, such
+    # as a soft cap.
+    model.set_attn_implementation("eager")
+    own = [model(input_ids=prompt, use_cache=False).logits[0].float() for prompt in prompts]
+    runner = _ProbedRunner(model)
+    tolerance = TOLERANCES.get(model.dtype, TOLERANCE_OF_HALVES)
+    for batch in _batches(prompts):
+        packed = runner.logits(batch)
+        expected = torch.stack([own[item.slot][item.end - 1] for item in batch.items])
+        if not _distance(packed, expected) <= tolerance:  # also if it is NaN
+            raise _refusal(model, "in a batch its results would be wrong")
+        if not runner.ledger.is_complete(batch, model.config.get_text_config().num_hidden_layers):
+            raise _refusal(model, "it does not keep keys and values once per token and layer")
+    return ProbeResult(runner.ledger.num_bytes(slot=0) // STEPS[-1][0])
+
+
+@contextmanager
+def _short_windows(model: PreTrainedModel) -> Iterator[None]:
+    """Let no window be longer than the prompts.
+
+    Some families build masks by their configuration's window, but do not tell the attention of it:
+    only beyond the window is that seen. One that spans the whole context never ends anywhere.
+    """
+    config = model.config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    owners: list[Any] = [config, *model.modules()]
+    windows = [(owner, getattr(owner, "sliding_window", None)) for owner in owners]
+    long = [(o, size) for o, size in windows if isinstance(size, int) and WINDOW < size < longest]
+    try:
+        for owner, _ in long:
+            owner.sliding_window = WINDOW
+        yield
+    finally:
+        for owner, size in long:
+            owner.sliding_window = size
+
+
+class _Ledger(KVCache):
+    """A cache that counts what is written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._num_written: Counter[tuple[int, int]] = Counter()
+
+    def write(
+        self, layer: int, slot: int, start: int, capacity: int, keys: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        self._num_written[layer, slot] += keys.shape[1]
+        return super().write(layer, slot, start, capacity, keys, values)
+
+    def is_complete(self, batch: ScheduledBatch, num_layers: int) -> bool:
+        """Whether each layer has written each token of the batch's sequences exactly once."""
+        layers = {layer for layer, _ in self._num_written}.union(range(num_layers))
+        expected = {(layer, item.slot): item.end for layer in layers for item in batch.items}
+        return self._num_written == expected
+
+
+class _ProbedRunner(ModelRunner):
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model)
+        self.ledger = _Ledger()
+        self._kv_cache = self.ledger
+
+    def logits(self, batch: ScheduledBatch) -> Tensor:
+        return self._forward(batch)
+
+
+def _prompts(model: PreTrainedModel) -> list[Tensor]:
+    """Token ids, [1, length] each. From the middle of the vocabulary: the special ones, of which
+    some mean an image or padding, are at its ends.
+    """
+    embeddings: Any = model.get_input_embeddings()
+    vocab_size = int(embeddings.num_embeddings)
+    generator = torch.Generator().manual_seed(0)
+    low, high = vocab_size // 4, max(3 * vocab_size // 4, 1)
+    return [
+        torch.randint(low, high, (1, length), generator=generator).to(model.device)
+        for length in STEPS[-1]
+    ]
+
+
+def _batches(prompts: list[Tensor]) -> list[ScheduledBatch]:
+    seqs = []
+    for slot, prompt in enumerate(prompts):
+        ids = tuple(prompt[0].tolist())
+        seqs.append(Sequence(SequenceRequest(f"probe-{slot}", ids), len(ids) + 1))
+    batches = []
+    starts = (0,) * len(seqs)
+    for ends in STEPS:
+        batches.append(
+            ScheduledBatch(
+                tuple(
+                    # Each is called the last chunk, so that there are logits to compare.
+                    ScheduledSequence(seq, slot, len(seq.token_ids), start, end, True)
+                    for slot, (seq, start, end) in enumerate(zip(seqs, starts, ends, strict=True))
+                )
+            )
+        )
+        starts = ends
+    return batches
+
+
+def _distance(logits: Tensor, expected: Tensor) -> float:
+    """Between rows, relative to the expected one; the largest. What softmax ignores is left out."""
+    logits = logits - logits.mean(-1, keepdim=True)
+    expected = expected - expected.mean(-1, keepdim=True)
+    return float(((logits - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
+
+
+def _refusal(model: PreTrainedModel, reason: str) -> ModelLoadError:
+    kind = model.config.model_type
+    return ModelLoadError(f'This kind of model ("{kind}") cannot be served yet: {reason}.')
