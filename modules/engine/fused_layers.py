@@ -40,6 +40,9 @@ def quantize_model(model: PreTrainedModel) -> bool:
     for index, layer in enumerate(layers):
         layers[index] = Int8DecoderLayer(layer)
     model.set_output_embeddings(_Int8Head(model.get_output_embeddings()))
+    for parameter in model.parameters():
+        # One tensor that still lies in the mapped file of weights would keep all of it in memory.
+        parameter.data = parameter.data.clone()
     return True
 
 
@@ -98,7 +101,7 @@ class Int8DecoderLayer(nn.Module):
 
 class _RmsNorm:
     def __init__(self, norm: Any) -> None:
-        self._weight: Tensor = norm.weight.detach()
+        self._weight: Tensor = norm.weight.detach().clone()
         self._epsilon: float = norm.variance_epsilon
 
     def __call__(self, x: Tensor) -> Tensor:
