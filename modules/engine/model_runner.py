@@ -13,6 +13,9 @@ from modules.engine.kv_cache import KVCache
 from modules.engine.sampler import sample
 from modules.engine.scheduler import SampledToken, ScheduledBatch
 
+# With fewer, a step is bound by memory, not by arithmetic.
+MIN_TOKENS_FOR_ALL_CORES = 64
+
 
 def can_batch(model: PreTrainedModel) -> bool:
     """Whether the model's code hands its attention to the function that its configuration names."""
@@ -29,10 +32,13 @@ class ModelRunner:
         self._device = model.device
         self._can_select_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._kv_cache = KVCache()
+        self._num_threads = torch.get_num_threads()
 
     @torch.inference_mode()
     def run(self, batch: ScheduledBatch) -> list[SampledToken]:
         """Read the batch's tokens; a sampled token for each of `batch.sampled`, in order."""
+        if self._device.type == "cpu":
+            self._share_cores(batch)
         logits = self._forward(batch)
         if not batch.sampled:
             return []
@@ -42,6 +48,14 @@ class ModelRunner:
         """Give back the memory of slots that are free."""
         for slot in slots:
             self._kv_cache.release(slot)
+
+    def _share_cores(self, batch: ScheduledBatch) -> None:
+        """Reading a prompt takes all cores; decoding leaves one to whoever sends the tokens out.
+
+        It gains little from the last core, and loses much when its threads wait for each other.
+        """
+        is_reading = sum(item.num_tokens for item in batch.items) >= MIN_TOKENS_FOR_ALL_CORES
+        torch.set_num_threads(self._num_threads if is_reading else max(1, self._num_threads - 1))
 
     def _forward(self, batch: ScheduledBatch) -> Tensor:
         """Logits of the sequences that are sampled, [num_sampled, vocab_size], float32."""
