@@ -13,8 +13,10 @@ from modules.engine.kv_cache import KVCache
 from modules.engine.sampler import sample
 from modules.engine.scheduler import SampledToken, ScheduledBatch
 
-# With fewer, a step is bound by memory, not by arithmetic.
-MIN_TOKENS_FOR_ALL_CORES = 64
+# One core is left to whoever sends the tokens out: decoding gains little from the last one, and loses
+# much when its threads wait for each other. The same number in every step: it decides how attention
+# is rounded, and so a sequence's tokens would depend on its company.
+NUM_THREADS = max(1, torch.get_num_threads() - 1)
 
 
 def can_batch(model: PreTrainedModel) -> bool:
@@ -32,13 +34,12 @@ class ModelRunner:
         self._device = model.device
         self._can_select_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._kv_cache = KVCache()
-        self._num_threads = torch.get_num_threads()
 
     @torch.inference_mode()
     def run(self, batch: ScheduledBatch) -> list[SampledToken]:
         """Read the batch's tokens; a sampled token for each of `batch.sampled`, in order."""
         if self._device.type == "cpu":
-            self._share_cores(batch)
+            torch.set_num_threads(NUM_THREADS)
         logits = self._forward(batch)
         if not batch.sampled:
             return []
@@ -48,14 +49,6 @@ class ModelRunner:
         """Give back the memory of slots that are free."""
         for slot in slots:
             self._kv_cache.release(slot)
-
-    def _share_cores(self, batch: ScheduledBatch) -> None:
-        """Reading a prompt takes all cores; decoding leaves one to whoever sends the tokens out.
-
-        It gains little from the last core, and loses much when its threads wait for each other.
-        """
-        is_reading = sum(item.num_tokens for item in batch.items) >= MIN_TOKENS_FOR_ALL_CORES
-        torch.set_num_threads(self._num_threads if is_reading else max(1, self._num_threads - 1))
 
     def _forward(self, batch: ScheduledBatch) -> Tensor:
         """Logits of the sequences that are sampled, [num_sampled, vocab_size], float32."""
