@@ -13,9 +13,9 @@ from modules.engine.kv_cache import KVCache
 from modules.engine.sampler import sample
 from modules.engine.scheduler import SampledToken, ScheduledBatch
 
-# One core is left to whoever sends the tokens out: decoding gains little from the last one, and loses
-# much when its threads wait for each other. The same number in every step: it decides how attention
-# is rounded, and so a sequence's tokens would depend on its company.
+# One core is left to whoever sends the tokens out: decoding gains little from the last one, and
+# loses much when its threads wait for each other. The same number in every step: it decides how
+# attention is rounded, and so a sequence's tokens would depend on its company.
 NUM_THREADS = max(1, torch.get_num_threads() - 1)
 
 
