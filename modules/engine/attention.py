@@ -79,6 +79,7 @@ def packed_attention(
 
     Returns: [1, num_tokens, num_heads, head_dim], and None for the attention weights.
     """
+    # A refusal, not a gap: the probe turns it into a ModelLoadError before anything is served.
     if attention_mask is not None or s_aux is not None or position_bias is not None:
         raise NotImplementedError(f"{type(module).__name__} needs more than causal attention")
     layer = module.layer_idx
