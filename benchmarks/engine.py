@@ -25,11 +25,12 @@ import torch
 import torch.nn.functional as F
 
 from modules.engine.async_engine import AsyncEngine
-from modules.engine.attention import AttentionBatch, Segment
+from modules.engine.attention import Segment
+from modules.engine.cache_manager import BLOCK_SIZE
 from modules.engine.engine import Engine
-from modules.engine.kv_cache import KVCache
 from modules.engine.sampling_params import SamplingParams
 from modules.engine.sequence import SequenceRequest
+from modules.engine.torch_attention import TorchAttention
 from modules.models import load_model
 from modules.settings import load_settings
 
@@ -110,13 +111,14 @@ def perplexity(engine: Engine, encode: Callable[[str], list[int]], text: str) ->
     for start in range(0, len(token_ids) - 1, PIECE):
         piece = token_ids[start : start + PIECE + 1]
         num_tokens = len(piece) - 1
-        segment = Segment(slot=0, capacity=num_tokens, offset=0, start=0, end=num_tokens)
+        segment = Segment(tuple(range(PIECE // BLOCK_SIZE)), offset=0, start=0, end=num_tokens)
+        attention = TorchAttention(PIECE // BLOCK_SIZE, BLOCK_SIZE)
         with torch.inference_mode():
             logits = model(
                 input_ids=torch.tensor([piece[:-1]]),
                 position_ids=torch.arange(num_tokens)[None],
                 use_cache=False,
-                attention_batch=AttentionBatch((segment,), KVCache()),
+                attention_batch=attention.batch((segment,)),
             ).logits[0]
         total += float(F.cross_entropy(logits, torch.tensor(piece[1:]), reduction="sum"))
         count += len(piece) - 1

@@ -24,6 +24,7 @@ class EngineConfig:
     `max_num_seqs` is used."""
     num_cache_tokens: int
     """Tokens whose keys and values fit into memory; at least `max_model_len`."""
+    block_size: int = BLOCK_SIZE
 
     def __post_init__(self) -> None:
         if self.num_cache_tokens < self.max_model_len:
@@ -32,16 +33,16 @@ class EngineConfig:
 
 class Engine:
     def __init__(self, model: PreTrainedModel, config: EngineConfig) -> None:
-        num_blocks = -(-config.num_cache_tokens // BLOCK_SIZE)
+        num_blocks = -(-config.num_cache_tokens // config.block_size)
         self.config = config
-        self.cache_manager = CacheManager(config.max_num_seqs, num_blocks)
+        self.cache_manager = CacheManager(num_blocks, config.block_size)
         self.scheduler = Scheduler(
             self.cache_manager,
             config.max_num_seqs,
             config.max_num_batched_tokens,
             config.eos_token_ids,
         )
-        self.runner = ModelRunner(model)
+        self.runner = ModelRunner(model, num_blocks, config.block_size)
         self._sequences: dict[str, Sequence] = {}
 
     @property
@@ -68,9 +69,7 @@ class Engine:
         return self.execute(self.schedule())
 
     def schedule(self) -> ScheduledBatch:
-        batch = self.scheduler.schedule()
-        self._release()  # of preempted sequences; a slot may be another's in this very batch
-        return batch
+        return self.scheduler.schedule()
 
     def execute(self, batch: ScheduledBatch) -> list[TokenOutput]:
         """Run a batch. If that raises, nothing is recorded: it may be tried again, or in parts."""
@@ -79,7 +78,6 @@ class Engine:
         for output in outputs:
             if output.finish_reason is not None:
                 del self._sequences[output.request_id]
-        self._release()
         return outputs
 
     def fail(self, request_id: str) -> TokenOutput:
@@ -91,7 +89,3 @@ class Engine:
         seq = self._sequences.pop(request_id, None)
         if seq is not None:
             self.scheduler.finish(seq, reason)
-            self._release()
-
-    def _release(self) -> None:
-        self.runner.release(self.cache_manager.take_released())

@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
-from modules.engine.attention import AttentionBatch, attend_packed
+from modules.engine.attention import AttentionBatch
 from modules.engine.quantization import Int8Linear
 
 # Layers whose forward is, to the letter, the one below.
@@ -89,8 +89,7 @@ class Int8DecoderLayer(nn.Module):
         heads = self.qkv(x).unflatten(-1, (-1, self._head_dim))
         rotated = heads[:, : self._num_heads + self._num_kv_heads]
         rotated.copy_(_rotate(rotated, *position_embeddings))
-        attended = attend_packed(
-            batch,
+        attended = batch.attend(
             self._layer_idx,
             *heads.split((self._num_heads, self._num_kv_heads, self._num_kv_heads), dim=1),
             scaling=self._scaling,

@@ -1,54 +1,49 @@
-"""KVCache: the keys and values themselves, one pair of tensors per slot and layer."""
+"""KVCache: the keys and values themselves, in blocks that any sequence may hold."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
 class KVCache:
-    """Storage is made when a slot is first written, in the shape and type of what is written.
+    """Storage of a layer is made when it is first written, in the shape and type of what is
+    written.
 
-    A slot's tensors are contiguous along the tokens, so attention reads them in place.
+    On a CPU it costs memory only where something has been written.
     """
 
-    def __init__(self) -> None:
-        self._slots: dict[int, dict[int, Tensor]] = {}
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self._shape = (num_blocks, block_size)
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def num_bytes_per_token(self) -> int:
+        """Keys and values of one token in all layers that have been written."""
+        return sum(
+            store[0, 0].nbytes for key_and_value in self._layers.values() for store in key_and_value
+        )
 
     def write(
-        self, layer: int, slot: int, start: int, capacity: int, keys: Tensor, values: Tensor
+        self, layer: int, slots: Tensor, begun_blocks: Tensor, keys: Tensor, values: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Store `keys` and `values`, each [num_kv_heads, num_tokens, head_dim], from position
-        `start`.
+        """Store `keys` and `values`, [num_tokens, num_kv_heads, head_dim] each.
 
-        Returns all keys and values of the slot so far, [num_kv_heads, start + num_tokens,
-        head_dim] each, as views. `capacity` is in tokens.
+        `slots` [num_tokens] are their places, block × block size + offset. `begun_blocks` are
+        cleared before: what an earlier holder left there need not even be a number.
+
+        Returns: keys and values of the layer, [num_blocks, block_size, num_kv_heads, head_dim].
         """
-        key_store, value_store = self._reserve(layer, slot, capacity, keys, values)
-        end = start + keys.shape[1]
-        key_store[:, start:end] = keys
-        value_store[:, start:end] = values
-        return key_store[:, :end], value_store[:, :end]
+        stores = self._reserve(layer, keys, values)
+        for store, new in zip(stores, (keys, values), strict=True):
+            if len(begun_blocks):
+                store.index_fill_(0, begun_blocks, 0)
+            store.view(-1, *store.shape[2:]).index_copy_(0, slots, new)
+        return stores
 
-    def release(self, slot: int) -> None:
-        self._slots.pop(slot, None)
-
-    def num_bytes(self, slot: int) -> int:
-        """What is allocated for a slot, in bytes, over all layers."""
-        return sum(store.nbytes for store in self._slots.get(slot, {}).values())
-
-    def _reserve(
-        self, layer: int, slot: int, capacity: int, keys: Tensor, values: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        layers = self._slots.setdefault(slot, {})
-        for index, like in ((2 * layer, keys), (2 * layer + 1, values)):
-            store = layers.get(index)
-            if store is not None and store.shape[1] == capacity:
-                continue
-            grown = torch.empty(
-                like.shape[0], capacity, like.shape[2], dtype=like.dtype, device=like.device
+    def _reserve(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        if layer not in self._layers:
+            self._layers[layer] = (
+                keys.new_empty(*self._shape, *keys.shape[1:]),
+                values.new_empty(*self._shape, *values.shape[1:]),
             )
-            if store is not None:
-                grown[:, : store.shape[1]] = store
-            layers[index] = grown
-        return layers[2 * layer], layers[2 * layer + 1]
+        return self._layers[layer]

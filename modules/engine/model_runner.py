@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from modules.engine.attention import ATTENTION_NAME, AttentionBatch, Segment
-from modules.engine.kv_cache import KVCache
+from modules.engine.attention import ATTENTION_NAME, PagedAttention, Segment
 from modules.engine.sampler import sample
 from modules.engine.scheduler import SampledToken, ScheduledBatch
+from modules.engine.torch_attention import TorchAttention
 
 # One core is left to whoever sends the tokens out: decoding gains little from the last one, and
 # loses much when its threads wait for each other. The same number in every step: it decides how
@@ -28,12 +28,12 @@ def can_batch(model: PreTrainedModel) -> bool:
 
 
 class ModelRunner:
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, num_blocks: int, block_size: int) -> None:
         model.set_attn_implementation(ATTENTION_NAME)
         self._model = model.eval()
         self._device = model.device
         self._can_select_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._kv_cache = KVCache()
+        self._attention: PagedAttention = TorchAttention(num_blocks, block_size)
 
     @torch.inference_mode()
     def run(self, batch: ScheduledBatch) -> list[SampledToken]:
@@ -45,11 +45,6 @@ class ModelRunner:
             return []
         return sample(logits, [item.seq for item in batch.sampled])
 
-    def release(self, slots: tuple[int, ...]) -> None:
-        """Give back the memory of slots that are free."""
-        for slot in slots:
-            self._kv_cache.release(slot)
-
     def _forward(self, batch: ScheduledBatch) -> Tensor:
         """Logits of the sequences that are sampled, [num_sampled, vocab_size], float32."""
         token_ids, positions, segments, last_rows = _pack(batch)
@@ -58,7 +53,7 @@ class ModelRunner:
             input_ids=torch.tensor([token_ids], device=self._device),
             position_ids=torch.tensor([positions], device=self._device),
             use_cache=False,
-            attention_batch=AttentionBatch(segments, self._kv_cache),
+            attention_batch=self._attention.batch(segments),
             **({"logits_to_keep": last} if self._can_select_logits else {}),
         )
         logits: Tensor = output.logits[0] if self._can_select_logits else output.logits[0, last]
@@ -74,7 +69,7 @@ def _pack(
     segments = []
     last_rows = []
     for item in batch.items:
-        segments.append(Segment(item.slot, item.capacity, len(token_ids), item.start, item.end))
+        segments.append(Segment(item.block_table, len(token_ids), item.start, item.end))
         token_ids += item.seq.token_ids[item.start : item.end]
         positions += range(item.start, item.end)
         if item.is_last_chunk:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from modules.engine.kv_cache import KVCache
+from modules.engine.attention import AttentionBatch, PagedAttention, Segment
+from modules.engine.cache_manager import BLOCK_SIZE
 from modules.engine.model_runner import ModelRunner, can_batch
 from modules.engine.scheduler import ScheduledBatch, ScheduledSequence
 from modules.engine.sequence import Sequence, SequenceRequest
@@ -84,12 +85,12 @@ def _compare(model: PreTrainedModel) -> ProbeResult:
     tolerance = TOLERANCES.get(model.dtype, TOLERANCE_OF_HALVES)
     for batch in _batches(prompts):
         packed = runner.logits(batch)
-        expected = torch.stack([own[item.slot][item.end - 1] for item in batch.items])
+        expected = torch.stack([own[item.block_table[0]][item.end - 1] for item in batch.items])
         if not _distance(packed, expected) <= tolerance:  # also if it is NaN
             raise _refusal(model, "in a batch its results would be wrong")
         if not runner.ledger.is_complete(batch, model.config.get_text_config().num_hidden_layers):
             raise _refusal(model, "it does not keep keys and values once per token and layer")
-    return ProbeResult(runner.ledger.num_bytes(slot=0) // STEPS[-1][0])
+    return ProbeResult(runner.ledger.num_bytes_per_token)
 
 
 @contextmanager
@@ -113,31 +114,43 @@ def _short_windows(model: PreTrainedModel) -> Iterator[None]:
             owner.sliding_window = size
 
 
-class _Ledger(KVCache):
-    """A cache that counts what is written."""
+class _Ledger:
+    """An attention that counts the tokens that it is called with."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._num_written: Counter[tuple[int, int]] = Counter()
+    def __init__(self, attention: PagedAttention) -> None:
+        self._attention = attention
+        self.num_written: Counter[int] = Counter()
 
-    def write(
-        self, layer: int, slot: int, start: int, capacity: int, keys: Tensor, values: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        self._num_written[layer, slot] += keys.shape[1]
-        return super().write(layer, slot, start, capacity, keys, values)
+    @property
+    def num_bytes_per_token(self) -> int:
+        return self._attention.num_bytes_per_token
+
+    def batch(self, segments: tuple[Segment, ...]) -> AttentionBatch:
+        return _CountedBatch(self._attention.batch(segments), self.num_written)
 
     def is_complete(self, batch: ScheduledBatch, num_layers: int) -> bool:
         """Whether each layer has written each token of the batch's sequences exactly once."""
-        layers = {layer for layer, _ in self._num_written}.union(range(num_layers))
-        expected = {(layer, item.slot): item.end for layer in layers for item in batch.items}
-        return self._num_written == expected
+        layers = {*self.num_written, *range(num_layers)}
+        return self.num_written == dict.fromkeys(layers, sum(item.end for item in batch.items))
+
+
+@dataclass(frozen=True, slots=True)
+class _CountedBatch:
+    batch: AttentionBatch
+    num_written: Counter[int]
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, **options: Any
+    ) -> Tensor:
+        self.num_written[layer] += len(key)
+        return self.batch.attend(layer, query, key, value, **options)
 
 
 class _ProbedRunner(ModelRunner):
     def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__(model)
-        self.ledger = _Ledger()
-        self._kv_cache = self.ledger
+        super().__init__(model, num_blocks=len(STEPS[-1]), block_size=BLOCK_SIZE)
+        self.ledger = _Ledger(self._attention)
+        self._attention = self.ledger
 
     def logits(self, batch: ScheduledBatch) -> Tensor:
         return self._forward(batch)
@@ -159,9 +172,9 @@ def _prompts(model: PreTrainedModel) -> list[Tensor]:
 
 def _batches(prompts: list[Tensor]) -> list[ScheduledBatch]:
     seqs = []
-    for slot, prompt in enumerate(prompts):
+    for number, prompt in enumerate(prompts):
         ids = tuple(prompt[0].tolist())
-        seqs.append(Sequence(SequenceRequest(f"probe-{slot}", ids), len(ids) + 1))
+        seqs.append(Sequence(SequenceRequest(f"probe-{number}", ids), len(ids) + 1))
     batches = []
     starts = (0,) * len(seqs)
     for ends in STEPS:
@@ -169,8 +182,8 @@ def _batches(prompts: list[Tensor]) -> list[ScheduledBatch]:
             ScheduledBatch(
                 tuple(
                     # Each is called the last chunk, so that there are logits to compare.
-                    ScheduledSequence(seq, slot, len(seq.token_ids), start, end, True)
-                    for slot, (seq, start, end) in enumerate(zip(seqs, starts, ends, strict=True))
+                    ScheduledSequence(seq, (block,), start, end, True)
+                    for block, (seq, start, end) in enumerate(zip(seqs, starts, ends, strict=True))
                 )
             )
         )

@@ -21,8 +21,7 @@ class ScheduledSequence:
     """The tokens `seq.token_ids[start:end]` are read in this step."""
 
     seq: Sequence
-    slot: int
-    capacity: int
+    block_table: tuple[int, ...]
     start: int
     end: int
     is_last_chunk: bool
@@ -65,7 +64,8 @@ class Scheduler:
         self._max_num_seqs = max_num_seqs
         # With one chunk in it, a step has room for the next token of every other sequence.
         self._max_num_batched_tokens = max(max_num_batched_tokens, 2 * max_num_seqs)
-        self._chunk_size = self._max_num_batched_tokens // 2
+        size = self._max_num_batched_tokens // 2
+        self._chunk_size = size - size % cache_manager.block_size or size
         self._eos_token_ids = eos_token_ids
 
     @property
@@ -135,10 +135,7 @@ class Scheduler:
     def _build_item(self, seq: Sequence) -> ScheduledSequence:
         start = seq.num_computed_tokens
         end = start + self._chunk(seq)
-        assert seq.slot is not None
-        return ScheduledSequence(
-            seq, seq.slot, self._cache.capacity(seq), start, end, end == len(seq.token_ids)
-        )
+        return ScheduledSequence(seq, tuple(seq.block_table), start, end, end == len(seq.token_ids))
 
     def _make_room(self, seq: Sequence, scheduled: list[ScheduledSequence]) -> bool:
         """Let `seq` keep its tokens, at the cost of younger ones; False if it must wait itself."""

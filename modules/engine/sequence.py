@@ -29,7 +29,7 @@ class SequenceRequest:
 class Sequence:
     """Tokens of a prompt and its output, and how far the model has read them.
 
-    Owned by the scheduler (status, counts); the slot belongs to the cache manager while it is set.
+    Owned by the scheduler (status, counts); the block table belongs to the cache manager.
     """
 
     def __init__(self, request: SequenceRequest, max_model_len: int) -> None:
@@ -42,7 +42,7 @@ class Sequence:
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0
-        self.slot: int | None = None
+        self.block_table: list[int] = []
         self.output_counts: Counter[int] = Counter()
         room = max_model_len - self.num_prompt_tokens
         self.max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)

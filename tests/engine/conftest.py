@@ -10,6 +10,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     PretrainedConfig,
@@ -40,6 +41,14 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "mistral-sliding": MistralConfig(**SHAPE, sliding_window=24),
     "gemma2-softcap-sliding": Gemma2Config(
         **SHAPE, sliding_window=24, attn_logit_softcapping=5.0, attn_implementation="eager"
+    ),
+    "gpt-oss-sinks-sliding": GptOssConfig(
+        **SHAPE,
+        sliding_window=24,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        attn_implementation="eager",
     ),
 }
 

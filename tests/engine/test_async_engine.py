@@ -61,7 +61,7 @@ async def test_several_sequences_in_one_call(engine) -> None:
     assert {name: len(tokens) for name, tokens in result.items()} == {n: 3 + int(n) for n in names}
 
 
-async def test_leaving_frees_the_slot(engine) -> None:
+async def test_leaving_frees_its_memory(engine) -> None:
     steps = engine.generate([request("a", [5, 6], max_tokens=400)])
     await anext(steps)
     await steps.aclose()
@@ -71,7 +71,7 @@ async def test_leaving_frees_the_slot(engine) -> None:
     assert not engine._streams
 
 
-async def test_cancelled_while_waiting_frees_the_slot(engine) -> None:
+async def test_cancelled_while_waiting_frees_its_memory(engine) -> None:
     task = asyncio.create_task(collect(engine, request("a", [5, 6], max_tokens=500)))
     while not engine._engine.has_unfinished:
         await asyncio.sleep(0)
@@ -107,9 +107,6 @@ class Faulty:
             raise ValueError("the secret prompt")
         return self.runner.run(batch)
 
-    def release(self, slots: tuple[int, ...]) -> None:
-        self.runner.release(slots)
-
 
 async def test_a_fault_in_one_request_ends_that_request(engine, make_engine, caplog) -> None:
     engine._engine.runner = Faulty(engine._engine.runner, "bad")
@@ -143,9 +140,6 @@ async def test_a_model_that_always_fails_counts_as_dead(engine, caplog) -> None:
     class Broken:
         def run(self, batch: object) -> list:
             raise ValueError("the secret prompt")
-
-        def release(self, slots: tuple[int, ...]) -> None:
-            pass
 
     streams = [engine.generate([request(str(n), [5], max_tokens=400)]) for n in range(2)]
     for stream in streams:

@@ -52,7 +52,7 @@ def test_growing_past_a_block_equals_generate(make_engine, tiny_model) -> None:
 
 
 def test_preempted_sequences_start_over_and_end_the_same(make_engine, tiny_model) -> None:
-    # Four blocks of 128 tokens for six sequences of 100 + 100: they cannot all stay.
+    # 512 tokens for six sequences of 100 + 100: they cannot all stay.
     engine = make_engine(max_model_len=512, num_cache_tokens=512, max_num_seqs=6)
     prompts = [prompt * 4 for prompt in random_prompts(6, 30)]
     for number, prompt in enumerate(prompts):
@@ -167,11 +167,13 @@ def test_without_a_seed_every_run_differs(make_engine) -> None:
     assert token_ids(outputs["0"]) != token_ids(outputs["1"])
 
 
-def test_memory_of_ended_sequences_is_given_back(make_engine) -> None:
+def test_memory_of_ended_sequences_is_used_again(make_engine) -> None:
     engine = make_engine()
+    tables = []
     for number in range(8):
-        engine.add(request(str(number), [5, 6, 7]))
-    run(engine)
-    engine.add(request("next", [5]))
-    engine.step()
-    assert len(engine.runner._kv_cache._slots) == 1
+        engine.add(request(str(number), [5, 6, number]))
+        engine.step()
+        tables.append(engine.scheduler.running[0].block_table[:])
+        run(engine)
+    assert tables == tables[:1] * 8
+    assert engine.cache_manager.num_free_blocks == engine.cache_manager.num_blocks

@@ -93,7 +93,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "attention by chunks",
     ),
     "bert": ({}, "an encoder sees what follows"),
-    "gpt_oss": ({"num_local_experts": 4, "num_experts_per_tok": 2}, "attention sinks"),
     "nemotron": ({}, "keeps arguments to itself"),
     "qwen2_moe": (
         {

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from modules.engine.cache_manager import BLOCK_SIZE, CacheManager
+from modules.engine.cache_manager import CacheManager
 from modules.engine.outputs import FinishReason, TokenOutput
 from modules.engine.sampling_params import SamplingParams
 from modules.engine.scheduler import SampledToken, ScheduledBatch, Scheduler
 from modules.engine.sequence import Sequence, SequenceRequest, SequenceStatus
 
+BLOCK_SIZE = 10
 
-def build(num_slots: int = 8, num_blocks: int = 64, budget: int = 100) -> Scheduler:
-    cache = CacheManager(num_slots, num_blocks)
-    return Scheduler(cache, num_slots, budget, eos_token_ids=frozenset({2}))
+
+def build(max_num_seqs: int = 8, num_blocks: int = 500, budget: int = 100) -> Scheduler:
+    cache = CacheManager(num_blocks, BLOCK_SIZE)
+    return Scheduler(cache, max_num_seqs, budget, eos_token_ids=frozenset({2}))
 
 
 def add(scheduler: Scheduler, name: str, num_tokens: int, **params: object) -> Sequence:
@@ -60,6 +62,20 @@ def test_prompts_are_cut_at_the_same_places_in_any_company() -> None:
         assert cuts[str(number)] == [*range(50, length, 50), length]
 
 
+def test_prompts_are_cut_at_whole_blocks() -> None:
+    for budget, chunk in ((100, 50), (119, 50), (16, 8)):
+        scheduler = build(budget=budget)
+        add(scheduler, "a", 60)
+        assert spans(step(scheduler)[0]) == {"a": (0, chunk)}
+
+
+def test_no_more_run_than_may() -> None:
+    scheduler = build(max_num_seqs=2)
+    for name in "abc":
+        add(scheduler, name, 1)
+    assert spans(step(scheduler)[0]).keys() == {"a", "b"}
+
+
 def test_first_come_first_served_even_if_a_later_one_would_fit() -> None:
     scheduler = build(num_blocks=4)
     add(scheduler, "a", 2 * BLOCK_SIZE)
@@ -77,7 +93,7 @@ def test_the_youngest_is_preempted_and_starts_over() -> None:
     batch, _ = step(scheduler)  # each needs a second block, and there is none
     assert spans(batch) == {"old": (BLOCK_SIZE, BLOCK_SIZE + 1)}
     assert young.status is SequenceStatus.WAITING
-    assert (young.slot, young.num_computed_tokens, young.num_output_tokens) == (None, 0, 1)
+    assert (young.block_table, young.num_computed_tokens, young.num_output_tokens) == ([], 0, 1)
     scheduler.finish(old, FinishReason.ABORT)
     assert spans(step(scheduler)[0]) == {"young": (0, BLOCK_SIZE + 1)}
 
@@ -99,7 +115,7 @@ def test_ends_at_eos_stop_tokens_and_length() -> None:
 
 
 def test_finish_is_idempotent_in_every_state() -> None:
-    scheduler = build(num_slots=1)
+    scheduler = build(max_num_seqs=1)
     running, waiting = add(scheduler, "running", 3), add(scheduler, "waiting", 3)
     step(scheduler)
     for seq in (running, waiting, running, waiting):
