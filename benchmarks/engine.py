@@ -27,8 +27,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("GOMP_SPINCOUNT", "4000")  # as in server.py
 
 import psutil
@@ -45,6 +44,7 @@ from modules.model_files import find_model
 from modules.models import LoadedModel, load_model
 from modules.settings import Settings, load_settings
 
+BENCHMARKS = Path(__file__).resolve().parent
 DECODE_PROMPT = 32
 """Tokens that every stream has read before it is measured."""
 PIECE = 512
@@ -239,7 +239,7 @@ def _peak_mb(process: psutil.Process) -> float:
 
 def load_text(path: Path | None) -> str:
     if path is None:
-        path = ROOT / "benchmarks" / ".cache" / Path(TEXT_FILE).name
+        path = BENCHMARKS / ".cache" / Path(TEXT_FILE).name
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(download_text())
@@ -279,7 +279,7 @@ class LlamaPeer:
         path = options.gguf or find_model(options.model, _settings(options, "auto")).path
         if path.suffix != ".gguf":
             raise SystemExit(f"{path} is no GGUF file: name one with --gguf.")
-        script = ROOT / "benchmarks" / "llama_peer.py"
+        script = BENCHMARKS / "llama_peer.py"
         process = subprocess.Popen(
             [options.llama_python, str(script), str(path)],
             stdin=subprocess.PIPE,
