@@ -13,12 +13,10 @@ import hashlib
 import json
 import math
 import os
-import random
 import subprocess
 import sys
 import tarfile
 import tempfile
-import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -35,11 +33,10 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.report import Report, print_machine
+from benchmarks.stopwatch import random_prompts, time_decoding, time_reading
 from modules.engine.attention import AttentionBatch, Segment
 from modules.engine.engine import Engine
 from modules.engine.kv_cache import KVCache
-from modules.engine.sampling_params import SamplingParams
-from modules.engine.sequence import SequenceRequest
 from modules.model_files import find_model
 from modules.models import LoadedModel, load_model
 from modules.settings import Settings, load_settings
@@ -72,21 +69,15 @@ def main() -> None:
                     report.add(measure, model.name, model.decode(streams))
                 for name, peer in peers.items():
                     report.add(measure, name, peer.decode(streams))
-            reading = f"read {options.prompt_tokens} tokens (tok/s)"
-            cold, again = (
-                f"first token, {options.prompt_tokens} tokens {when} (ms)"
-                for when in ("unknown", "read before")
-            )
+            size = options.prompt_tokens
             for model in models:
-                prompt = model.random_prompt(options.prompt_tokens)
-                report.add(reading, model.name, options.prompt_tokens / model.read(prompt))
-                prompt = model.random_prompt(options.prompt_tokens)
-                first, second = model.read(prompt), model.read(prompt)
-                report.add(cold, model.name, 1000 * first)
-                report.add(again, model.name, 1000 * second)
-                report.add("read before / unknown (%)", model.name, 100 * second / first)
+                first, again = model.read_twice(size)
+                report.add(f"read {size} tokens (tok/s)", model.name, size / first)
+                report.add(f"first token, {size} new tokens (ms)", model.name, 1000 * first)
+                report.add("first token, the same again (ms)", model.name, 1000 * again)
+                report.add("again / new (%)", model.name, 100 * again / first)
             for name, peer in peers.items():
-                report.add(reading, name, peer.read())
+                report.add(f"read {size} tokens (tok/s)", name, peer.read())
     if not options.no_memory:
         for model, dtype in zip(models, options.dtypes, strict=True):
             for measure, value in measure_memory(options, dtype).items():
@@ -131,31 +122,13 @@ class Ours:
         self.name = model.dtype
 
     def decode(self, streams: int) -> float:
-        """Tokens per second from when all streams have started until the first has ended."""
-        for _ in range(streams):
-            self._add(self.random_prompt(DECODE_PROMPT), self._tokens)
-        started: set[str] = set()
-        while len(started) < streams:
-            started.update(output.request_id for output in self._engine.step())
-        start, num_outputs, is_full = time.perf_counter(), 0, True
-        elapsed = 0.0
-        while self._engine.has_unfinished:
-            outputs = self._engine.step()
-            if is_full:
-                num_outputs += len(outputs)
-                elapsed = time.perf_counter() - start
-            is_full &= not any(output.finish_reason for output in outputs)
-        if not num_outputs:
-            raise SystemExit("The first stream ends before the last one starts: raise --tokens.")
-        return num_outputs / elapsed
+        prompts = random_prompts(streams, DECODE_PROMPT, self._vocab_size)
+        return time_decoding(self._engine, prompts, self._tokens)
 
-    def read(self, prompt: tuple[int, ...]) -> float:
-        """Seconds until the first token after `prompt`."""
-        self._add(prompt, 1)
-        start = time.perf_counter()
-        while self._engine.has_unfinished:
-            self._engine.step()
-        return time.perf_counter() - start
+    def read_twice(self, num_tokens: int) -> tuple[float, float]:
+        """Seconds until the first token after a prompt, and after the same one again."""
+        (prompt,) = random_prompts(1, num_tokens, self._vocab_size)
+        return time_reading(self._engine, prompt), time_reading(self._engine, prompt)
 
     def perplexity(self, text: str, max_tokens: int) -> tuple[float, int]:
         """Of `text`, in pieces that know nothing of each other; and how many tokens that were."""
@@ -167,14 +140,6 @@ class Ours:
             total += float(F.cross_entropy(logits, piece[1:].to(logits.device), reduction="sum"))
         count = len(token_ids) - 1
         return math.exp(total / count), count
-
-    def random_prompt(self, num_tokens: int) -> tuple[int, ...]:
-        """One that no cache can know."""
-        return tuple(random.randrange(100, self._vocab_size) for _ in range(num_tokens))
-
-    def _add(self, prompt: tuple[int, ...], max_tokens: int) -> None:
-        params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
-        self._engine.add(SequenceRequest(f"{random.getrandbits(64)}", prompt, params))
 
 
 def _settings(options: argparse.Namespace, dtype: str) -> Settings:

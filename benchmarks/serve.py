@@ -91,6 +91,9 @@ def parse_options() -> argparse.Namespace:
         type=Path,
         help="folder of the same model for transformers; else what --model was converted to",
     )
+    parser.add_argument(
+        "--transformers-python", default=sys.executable, help="that has transformers[serving]"
+    )
     parser.add_argument("--in-process", action="store_true", help="our engine without HTTP, too")
     parser.add_argument("--key", help="API key, for all of them")
     parser.add_argument("--streams", nargs="+", type=int, default=[1, 4, 16, 64])
@@ -181,9 +184,9 @@ def start_transformers(
 ) -> Iterator[Target]:
     port = find_free_port()
     with model_without_end(find_transformers_model(options)) as folder:
-        command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder)]
+        command = [options.transformers_python, "-m", "transformers.cli.transformers", "serve"]
         with run_server(
-            [*command, "--host", "127.0.0.1", "--port", str(port), *flags],
+            [*command, str(folder), "--host", "127.0.0.1", "--port", str(port), *flags],
             f"http://127.0.0.1:{port}/health",
         ) as process:
             target = Target(name, f"http://127.0.0.1:{port}/v1", str(folder), process=process)
