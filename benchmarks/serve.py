@@ -72,7 +72,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--url", help=f"base URL of the server called {OURS}, with /v1")
     parser.add_argument("--start-ours", action="store_true", help="start server.py instead")
     parser.add_argument("--model", default="SmolLM2-135M-Instruct", help="for our own server")
-    parser.add_argument("--ours-flags", default="", help="more flags for server.py, as one text")
+    parser.add_argument("--ours-flags", default="", help="more flags for server.py: =TEXT")
     parser.add_argument(
         "--peer",
         action="append",
