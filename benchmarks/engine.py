@@ -33,7 +33,7 @@ import psutil
 import torch
 import torch.nn.functional as F
 
-from benchmarks.report import Report, print_machine
+from benchmarks.report import Report, peer_environment, print_machine
 from benchmarks.stopwatch import random_prompts, time_decoding, time_reading
 from modules.engine.engine import Engine
 from modules.model_files import find_model
@@ -277,6 +277,7 @@ class LlamaPeer:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            env=peer_environment(),
         )
         with process:
             peer = LlamaPeer(process, options.tokens)

@@ -35,7 +35,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "4000")  # as in server.py; for --in-pro
 import httpx
 import psutil
 
-from benchmarks.report import Report, print_machine
+from benchmarks.report import Report, peer_environment, print_machine
 
 ROOT = Path(__file__).resolve().parents[1]
 START_TIMEOUT = 300.0
@@ -240,7 +240,9 @@ def run_server(command: list[str], ready_url: str) -> Iterator[subprocess.Popen[
     """The process, once `ready_url` answers; it is ended in any case."""
     with (
         tempfile.TemporaryFile() as output,
-        subprocess.Popen(command, stdout=output, stderr=output, cwd=ROOT) as process,
+        subprocess.Popen(
+            command, stdout=output, stderr=output, cwd=ROOT, env=peer_environment()
+        ) as process,
     ):
         try:
             wait_until_ready(process, ready_url)
