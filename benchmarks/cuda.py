@@ -18,7 +18,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":  # in place of this folder, whose files have the names of libraries
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 from transformers import (

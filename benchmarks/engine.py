@@ -25,17 +25,16 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":  # in place of this folder, whose files have the names of libraries
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 os.environ.setdefault("GOMP_SPINCOUNT", "4000")  # as in server.py
 
 import psutil
 import torch
 import torch.nn.functional as F
 
-from benchmarks.report import Report, print_machine
+from benchmarks.report import Report, peer_environment, print_machine
 from benchmarks.stopwatch import random_prompts, time_decoding, time_reading
-from modules.engine.attention import Segment
-from modules.engine.cache_manager import BLOCK_SIZE
 from modules.engine.engine import Engine
 from modules.model_files import find_model
 from modules.models import LoadedModel, load_model
@@ -58,26 +57,11 @@ def main() -> None:
     text = "" if options.no_quality else load_text(options.text)
     with ExitStack() as stack:
         models = [Ours(options, dtype) for dtype in options.dtypes]
-        peers = {}
-        if options.peer:
-            peers["llama.cpp"] = stack.enter_context(LlamaPeer.start(options))
-        report = Report([*(model.name for model in models), *peers])
+        peers = [stack.enter_context(LlamaPeer.start(options))] if options.peer else []
+        report = Report([model.name for model in (*models, *peers)])
         for _ in range(options.rounds):
-            for streams in options.streams:
-                measure = f"decode, {streams} {'stream' if streams == 1 else 'streams'} (tok/s)"
-                for model in models:
-                    report.add(measure, model.name, model.decode(streams))
-                for name, peer in peers.items():
-                    report.add(measure, name, peer.decode(streams))
-            size = options.prompt_tokens
-            for model in models:
-                first, again = model.read_twice(size)
-                report.add(f"read {size} tokens (tok/s)", model.name, size / first)
-                report.add(f"first token, {size} new tokens (ms)", model.name, 1000 * first)
-                report.add("first token, the same again (ms)", model.name, 1000 * again)
-                report.add("again / new (%)", model.name, 100 * again / first)
-            for name, peer in peers.items():
-                report.add(f"read {size} tokens (tok/s)", name, peer.read())
+            measure_decoding(models, peers, options, report)
+            measure_reading(models, peers, options.prompt_tokens, report)
     if not options.no_memory:
         for model, dtype in zip(models, options.dtypes, strict=True):
             for measure, value in measure_memory(options, dtype).items():
@@ -89,6 +73,29 @@ def main() -> None:
     report.print_table()
     if options.json:
         report.write(options.json, options)
+
+
+def measure_decoding(
+    models: list[Ours], peers: list[LlamaPeer], options: argparse.Namespace, report: Report
+) -> None:
+    for streams in options.streams:
+        measure = f"decode, {streams} {'stream' if streams == 1 else 'streams'} (tok/s)"
+        for model in (*models, *peers):
+            report.add(measure, model.name, model.decode(streams))
+
+
+def measure_reading(
+    models: list[Ours], peers: list[LlamaPeer], num_tokens: int, report: Report
+) -> None:
+    reading = f"read {num_tokens} tokens (tok/s)"
+    for model in models:
+        first, again = model.read_twice(num_tokens)
+        report.add(reading, model.name, num_tokens / first)
+        report.add(f"first token, {num_tokens} new tokens (ms)", model.name, 1000 * first)
+        report.add("first token, the same again (ms)", model.name, 1000 * again)
+        report.add("again / new (%)", model.name, 100 * again / first)
+    for peer in peers:
+        report.add(reading, peer.name, peer.read(num_tokens))
 
 
 def parse_options() -> argparse.Namespace:
@@ -153,19 +160,37 @@ def take_engine(model: LoadedModel) -> Engine:
 
 
 def read_logits(engine: Engine, token_ids: torch.Tensor) -> torch.Tensor:
-    """Logits of every token, [num_tokens, vocab_size]; the engine wants those of last ones only."""
-    model: Any = engine.runner._model
-    num_tokens = len(token_ids)
-    blocks = tuple(range(-(-num_tokens // BLOCK_SIZE)))
-    segment = Segment(blocks, offset=0, start=0, end=num_tokens)
-    with torch.inference_mode():
-        logits: torch.Tensor = model(
-            input_ids=token_ids[None].to(model.device),
-            position_ids=torch.arange(num_tokens, device=model.device)[None],
-            use_cache=False,
-            attention_batch=engine.runner._attention.batch((segment,)),
-        ).logits[0]
-    return logits.float()
+    """Logits of every token, [num_tokens, vocab_size], as the engine itself reads a prompt.
+
+    It asks its model for those of last tokens only, so the question is changed on its way there,
+    and the answer on its way back.
+    """
+    model: torch.nn.Module = engine.runner._model
+    pieces: list[torch.Tensor] = []
+    kept: list[Any] = []
+
+    def ask_for_all(_: object, args: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        kept.append(options.pop("logits_to_keep", slice(None)))
+        return args, options
+
+    def take_all(_module: object, _args: object, output: Any) -> Any:
+        pieces.append(output.logits[0].float())
+        output.logits = output.logits[:, kept.pop()]
+        return output
+
+    hooks = (
+        model.register_forward_pre_hook(ask_for_all, with_kwargs=True),
+        model.register_forward_hook(take_all),
+    )
+    try:
+        time_reading(engine, tuple(token_ids.tolist()))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    logits = torch.cat(pieces)
+    if len(logits) != len(token_ids):
+        raise SystemExit("The engine knew a part of the text already, or reads without its model.")
+    return logits
 
 
 # Memory
@@ -237,7 +262,8 @@ class LlamaPeer:
     """`llama_peer.py`, which keeps its model while it waits for its turns."""
 
     process: subprocess.Popen[str]
-    options: argparse.Namespace
+    tokens: int
+    name: str = "llama.cpp"
 
     @staticmethod
     @contextmanager
@@ -251,9 +277,10 @@ class LlamaPeer:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            env=peer_environment(),
         )
         with process:
-            peer = LlamaPeer(process, options)
+            peer = LlamaPeer(process, options.tokens)
             print(f"{peer._receive()} with {path.name}", flush=True)
             try:
                 yield peer
@@ -261,11 +288,10 @@ class LlamaPeer:
                 process.terminate()
 
     def decode(self, streams: int) -> float:
-        tokens = self.options.tokens
-        return self._ask("decode", streams=streams, prompt_tokens=DECODE_PROMPT, tokens=tokens)
+        return self._ask("decode", streams=streams, prompt_tokens=DECODE_PROMPT, tokens=self.tokens)
 
-    def read(self) -> float:
-        return self._ask("read", prompt_tokens=self.options.prompt_tokens)
+    def read(self, num_tokens: int) -> float:
+        return self._ask("read", prompt_tokens=num_tokens)
 
     def _ask(self, measure: str, **arguments: int) -> float:
         assert self.process.stdin is not None

@@ -80,6 +80,11 @@ def describe_machine() -> dict[str, str]:
     return known
 
 
+def peer_environment() -> dict[str, str]:
+    """This process's, without how its own threads wait: others have their own ways."""
+    return {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+
+
 def print_machine() -> None:
     print(", ".join(f"{name}: {value}" for name, value in describe_machine().items()), flush=True)
 

@@ -28,17 +28,22 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":  # in place of this folder, whose files have the names of libraries
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 os.environ.setdefault("GOMP_SPINCOUNT", "4000")  # as in server.py; for --in-process
 
 import httpx
 import psutil
 
-from benchmarks.report import Report, print_machine
+from benchmarks.report import Report, peer_environment, print_machine
 
 ROOT = Path(__file__).resolve().parents[1]
 START_TIMEOUT = 300.0
 REQUEST_TIMEOUT = 900.0
+MANY_TOKENS = 2000
+"""Of streams that run while something else is measured; they are left then."""
+NUM_ORDINARY = 16
+"""Gaps that say what is usual."""
 OURS = "ours"
 IN_PROCESS = "in process"
 # Most tokenizers have each of these as one token.
@@ -58,11 +63,13 @@ def main() -> None:
         targets = start_targets(options, stack)
         engine = InProcess(options) if options.in_process else None
         report = Report([*(target.name for target in targets), *([IN_PROCESS] if engine else [])])
-        asyncio.run(measure(options, targets, engine, report))
-        for target in targets:
-            if target.process is not None:
-                report.add("resident at the end (MB)", target.name, target.resident_mb())
-    report.print_table()
+        try:
+            asyncio.run(measure(options, targets, engine, report))
+            for target in targets:
+                if target.process is not None:
+                    report.add("resident at the end (MB)", target.name, target.resident_mb())
+        finally:
+            report.print_table()
     if options.json:
         report.write(options.json, options)
 
@@ -233,7 +240,9 @@ def run_server(command: list[str], ready_url: str) -> Iterator[subprocess.Popen[
     """The process, once `ready_url` answers; it is ended in any case."""
     with (
         tempfile.TemporaryFile() as output,
-        subprocess.Popen(command, stdout=output, stderr=output, cwd=ROOT) as process,
+        subprocess.Popen(
+            command, stdout=output, stderr=output, cwd=ROOT, env=peer_environment()
+        ) as process,
     ):
         try:
             wait_until_ready(process, ready_url)
@@ -366,6 +375,7 @@ async def open_call(target: Target, prompt: str, max_tokens: int) -> Call:
     ]
     request = "\r\n".join([*headers, "", ""]).encode() + body
     is_tls = parts.scheme == "https"
+    assert parts.hostname is not None
     _, call = await asyncio.get_running_loop().create_connection(
         lambda: Call(request),
         parts.hostname,
@@ -493,41 +503,62 @@ async def run_long(
 ) -> None:
     """Streams run while a long prompt is read: their longest gap, beside what it may be."""
     for target in targets:
-        prompt = random_prompt(options.long_words)
-        alone = await open_call(target, prompt, 1)
-        (answer,) = await finish(target, [alone])
-        num_tokens = (answer.usage() or {}).get("prompt_tokens", options.long_words)
-        chunk = (alone.times()[0] - alone.start) * min(1.0, options.chunk / num_tokens)
-        others = [
-            await open_call(target, random_prompt(options.prompt_words), 2000)
-            for _ in range(options.long_streams)
-        ]
-        await until(lambda: all(len(call.pieces) > 20 for call in others), others)  # noqa: B023
-        ordinary = statistics.median(gap for call in others for gap in gaps(call.times()[-16:]))
-        reader = await open_call(target, random_prompt(options.long_words), 1)
-        await finish(target, [reader])
-        last = len(others[0].pieces) + 2
-        await until(lambda: len(others[0].pieces) > last, others)  # noqa: B023
-        for call in others:
-            call.leave()
-        await asyncio.gather(*(call.ended for call in others))
-        longest = max(
-            gap for call in others for gap in gaps([t for t in call.times() if t >= reader.start])
-        )
-        bound = 3 * ordinary + chunk
-        name = f"reading {options.long_words} words"
-        report.add(f"{name}: others' ordinary gap (ms)", target.name, 1000 * ordinary)
-        report.add(f"{name}: time of a chunk, alone (ms)", target.name, 1000 * chunk)
-        report.add(f"{name}: others' longest gap (ms)", target.name, 1000 * longest)
-        report.add(f"{name}: longest / (3 gaps + chunk)", target.name, longest / bound)
+        values = await stall(target, options)
+        if values is None:
+            print(f"{target.name} runs no streams side by side: no gaps to compare", flush=True)
+            continue
+        for name, value in values.items():
+            report.add(f"reading {options.long_words} words: {name}", target.name, value)
 
 
-async def until(condition: Callable[[], bool], calls: list[Call]) -> None:
+async def stall(target: Target, options: argparse.Namespace) -> dict[str, float] | None:
+    """None if a stream ends before all of them run."""
+    chunk = await time_of_chunk(target, options)
+    others = [
+        await open_call(target, random_prompt(options.prompt_words), MANY_TOKENS)
+        for _ in range(options.long_streams)
+    ]
+    if not await until(others, lambda call: len(call.pieces) > NUM_ORDINARY):
+        return None
+    ordinary = statistics.median(
+        gap for call in others for gap in gaps(call.times()[-NUM_ORDINARY:])
+    )
+    reader = await open_call(target, random_prompt(options.long_words), 1)
+    await finish(target, [reader])
+    read = time.perf_counter()
+    if not await until(others, lambda call: call.pieces[-1][0] > read):
+        return None
+    for call in others:
+        call.leave()
+    longest = max(
+        gap for call in others for gap in gaps([t for t in call.times() if t >= reader.start])
+    )
+    return {
+        "others' ordinary gap (ms)": 1000 * ordinary,
+        "time of a chunk, alone (ms)": 1000 * chunk,
+        "others' longest gap (ms)": 1000 * longest,
+        "longest / (3 gaps + chunk)": longest / (3 * ordinary + chunk),
+    }
+
+
+async def time_of_chunk(target: Target, options: argparse.Namespace) -> float:
+    """Seconds, on average over a prompt that is read with nothing else running."""
+    call = await open_call(target, random_prompt(options.long_words), 1)
+    (answer,) = await finish(target, [call])
+    num_tokens = (answer.usage() or {}).get("prompt_tokens", options.long_words)
+    return (call.times()[0] - call.start) * min(1.0, options.chunk / num_tokens)
+
+
+async def until(calls: list[Call], condition: Callable[[Call], bool]) -> bool:
+    """Whether the condition holds for all calls before one of them ends; else all are left."""
     async with asyncio.timeout(REQUEST_TIMEOUT):
-        while not condition():
+        while not all(map(condition, calls)):
             if any(call.ended.done() for call in calls):
-                raise SystemExit("A stream ended before its time; its context may be too short.")
+                for call in calls:
+                    call.leave()
+                return False
             await asyncio.sleep(0.005)
+    return True
 
 
 def gaps(times: list[float]) -> list[float]:
