@@ -1,24 +1,27 @@
-"""Faster equivalents of known transformers layers, for a packed row of tokens on the CPU.
+"""The decoder layers of known models as one module for the CPU: int8 products, few passes.
 
-Same mathematics, fewer and cheaper kernels: at one token a step, transformers' own modules spend
-more time between the matrix products than in them. What is not known here is left as it is.
+Same mathematics as transformers' layers, over rows of packed sequences. What is not known here is
+left as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
-from modules.engine.attention import AttentionBatch
-from modules.engine.quantization import Int8Linear
+from modules.engine import cpu_kernels
+from modules.engine.cpu_attention import CpuAttentionBatch
+from modules.engine.quantization import Int8Weights, Rotation, hadamard
 
 # Layers whose forward is, to the letter, the one below.
 KNOWN_LAYERS: tuple[type[nn.Module], ...] = (
@@ -26,108 +29,166 @@ KNOWN_LAYERS: tuple[type[nn.Module], ...] = (
     MistralDecoderLayer,
     Qwen2DecoderLayer,
 )
-# One term for the activations costs small models a few per cent of perplexity in the layers, where
-# they have outliers, and half a per cent in the head.
-NUM_LAYER_TERMS = 2
-NUM_HEAD_TERMS = 1
 
 
 def quantize_model(model: PreTrainedModel) -> bool:
     """Exchange the layers of `model` for int8 ones, in place; False if they are not known."""
-    layers = getattr(model.base_model, "layers", None)
-    if not isinstance(layers, nn.ModuleList) or not all(type(x) in KNOWN_LAYERS for x in layers):
+    base: Any = model.base_model
+    layers = getattr(base, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or not all(_is_known(layer) for layer in layers):
         return False
-    for index, layer in enumerate(layers):
-        layers[index] = Int8DecoderLayer(layer)
-    model.set_output_embeddings(_Int8Head(model.get_output_embeddings()))
+    rotation = Rotation(base.config.hidden_size)
+    head = model.get_output_embeddings()
+    int8_head = _Int8Head(rotation.apply(_fold(head.weight, base.norm)), head.bias)
+    base.norm.weight.data = torch.ones_like(base.norm.weight)
+    base.embed_tokens.weight = nn.Parameter(
+        rotation.apply(base.embed_tokens.weight.detach().float()), requires_grad=False
+    )
+    model.set_output_embeddings(int8_head)
+    base.layers = nn.ModuleList([Int8Layers(layers, rotation)])
     for parameter in model.parameters():
         # One tensor that still lies in the mapped file of weights would keep all of it in memory.
         parameter.data = parameter.data.clone()
     return True
 
 
-class Int8DecoderLayer(nn.Module):
-    """A layer of the Llama kind: RMS norms, rotary positions, grouped queries, gated MLP."""
+def _is_known(layer: nn.Module) -> bool:
+    mlp: Any = getattr(layer, "mlp", None)
+    return type(layer) in KNOWN_LAYERS and type(mlp.act_fn) in (nn.SiLU, SiLUActivation)
 
-    def __init__(self, layer: Any) -> None:
+
+class Int8Layers(nn.Module):
+    """All layers of a model. It stands where the first of them stood."""
+
+    def __init__(self, layers: nn.ModuleList, rotation: Rotation) -> None:
         super().__init__()
-        attention, mlp = layer.self_attn, layer.mlp
-        self._layer_idx: int = attention.layer_idx
+        first: Any = layers[0]
+        attention, mlp = first.self_attn, first.mlp
         self._head_dim: int = attention.head_dim
-        self._num_kv_heads = attention.k_proj.out_features // self._head_dim
         self._num_heads = attention.q_proj.out_features // self._head_dim
-        self._scaling: float = attention.scaling
-        self._window = _sliding_window(attention)
-        self._act: Callable[[Tensor], Tensor] = mlp.act_fn
-        self.input_norm = _RmsNorm(layer.input_layernorm)
-        self.mlp_norm = _RmsNorm(layer.post_attention_layernorm)
-        projections = [attention.q_proj, attention.k_proj, attention.v_proj]
-        self.qkv = Int8Linear(projections, NUM_LAYER_TERMS)
-        self.output = Int8Linear([attention.o_proj], NUM_LAYER_TERMS)
-        self.gate_up = Int8Linear([mlp.gate_proj, mlp.up_proj], NUM_LAYER_TERMS)
-        self.down = Int8Linear([mlp.down_proj], NUM_LAYER_TERMS)
+        self._num_kv_heads = attention.k_proj.out_features // self._head_dim
+        self._scale = np.float32(attention.scaling)
+        hidden_size, num_gated = mlp.gate_proj.in_features, mlp.gate_proj.out_features
+        num_qkv = (self._num_heads + 2 * self._num_kv_heads) * self._head_dim
+        self._num_gated = num_gated
+        self._mixed_size = _mixed_size(num_gated)
+        qkv = Int8Weights(len(layers), num_qkv, hidden_size)
+        output = Int8Weights(len(layers), hidden_size, self._num_heads * self._head_dim)
+        gate_up = Int8Weights(len(layers), 2 * num_gated, hidden_size)
+        down = Int8Weights(len(layers), hidden_size, num_gated)
+        self._weights = cpu_kernels.LayerWeights(
+            *(weights.matrices for weights in (qkv, output, gate_up, down)),
+            biases=_stack_biases(layers, qkv.matrices.scales[0].size),
+            epsilons=np.array([_epsilons(layer) for layer in layers], np.float32),
+            windows=np.array([_sliding_window(layer) or 0 for layer in layers], np.int64),
+        )
+        for index, layer in enumerate(layers):
+            parts = _rotate_weights(layer, rotation, self._mixed_size)
+            for weights, weight in zip((qkv, output, gate_up, down), parts, strict=True):
+                weights.set(index, weight)
 
     def forward(
         self,
         hidden_states: Tensor,
         *,
         position_embeddings: tuple[Tensor, Tensor],
-        attention_batch: AttentionBatch,
+        attention_batch: CpuAttentionBatch,
         **kwargs: object,
     ) -> Tensor:
         """`hidden_states` [1, num_tokens, hidden_size]; the result likewise."""
-        hidden = hidden_states[0]
-        attended = self._attend(self.input_norm(hidden), position_embeddings, attention_batch)
-        hidden = hidden + attended
-        gate, up = self.gate_up(self.mlp_norm(hidden)).chunk(2, dim=-1)
-        hidden = hidden + self.down(self._act(gate).mul_(up))
-        return hidden[None]
-
-    def _attend(
-        self, x: Tensor, position_embeddings: tuple[Tensor, Tensor], batch: AttentionBatch
-    ) -> Tensor:
-        heads = self.qkv(x).unflatten(-1, (-1, self._head_dim))
-        rotated = heads[:, : self._num_heads + self._num_kv_heads]
-        rotated.copy_(_rotate(rotated, *position_embeddings))
-        attended = batch.attend(
-            self._layer_idx,
-            *heads.split((self._num_heads, self._num_kv_heads, self._num_kv_heads), dim=1),
-            scaling=self._scaling,
-            window=self._window,
+        hidden = hidden_states[0].clone().numpy()
+        cos, sin = (table[0].contiguous().numpy() for table in position_embeddings)
+        keys, values = attention_batch.caches(
+            len(self._weights.windows), self._num_kv_heads, self._head_dim, self._head_dim
         )
-        return self.output(attended.flatten(1))
-
-
-class _RmsNorm:
-    def __init__(self, norm: Any) -> None:
-        self._weight: Tensor = norm.weight.detach().clone()
-        self._epsilon: float = norm.variance_epsilon
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self._weight.shape, self._weight, self._epsilon)
+        cpu_kernels.run_layers(
+            hidden,
+            self._weights,
+            self._num_heads,
+            self._num_kv_heads,
+            self._head_dim,
+            self._num_gated,
+            self._mixed_size,
+            self._scale,
+            cos,
+            sin,
+            attention_batch.segments(self._num_heads // self._num_kv_heads),
+            keys,
+            values,
+            cpu_kernels.NO_SINKS,
+        )
+        return torch.from_numpy(hidden)[None]
 
 
 class _Int8Head(nn.Module):
-    def __init__(self, head: nn.Linear) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.linear = Int8Linear([head], NUM_HEAD_TERMS)
+        self._weights = Int8Weights(1, *weight.shape)
+        self._weights.set(0, weight)
+        self._bias = bias
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.linear(hidden_states[0])[None]
+        """[1, num_tokens, hidden_size] → [1, num_tokens, vocab_size]"""
+        logits = torch.from_numpy(self._weights.multiply(0, hidden_states[0].numpy()))
+        return logits[None] if self._bias is None else logits[None] + self._bias
 
 
-def _sliding_window(attention: Any) -> int | None:
+def _rotate_weights(
+    layer: Any, rotation: Rotation, mixed_size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Queries, keys and values; output; gate and up; down: for rotated hidden states.
+
+    The norms' weights become part of the weights after them.
+    """
+    attention, mlp = layer.self_attn, layer.mlp
+    qkv = torch.cat([p.weight for p in (attention.q_proj, attention.k_proj, attention.v_proj)])
+    gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
+    return (
+        rotation.apply(_fold(qkv, layer.input_layernorm)),
+        rotation.apply(attention.o_proj.weight.detach().float().t()).t(),
+        rotation.apply(_fold(gate_up, layer.post_attention_layernorm)),
+        _mix_inputs(rotation.apply(mlp.down_proj.weight.detach().float().t()).t(), mixed_size),
+    )
+
+
+def _fold(weight: Tensor, norm: Any) -> Tensor:
+    return weight.detach().float() * norm.weight.detach().float()
+
+
+def _mixed_size(num_inputs: int) -> int:
+    """The greatest power of two that divides them: that many `quantize_gated` mixes."""
+    return num_inputs & -num_inputs
+
+
+def _mix_inputs(weight: Tensor, mixed_size: int) -> Tensor:
+    """The weight for inputs that `quantize_gated` has mixed."""
+    count = mixed_size // cpu_kernels.MIXED_TOGETHER
+    if count < 2:
+        return weight
+    parts = weight.unflatten(1, (-1, count, cpu_kernels.MIXED_TOGETHER))
+    return (hadamard(count) @ parts / count).flatten(1)
+
+
+def _stack_biases(layers: nn.ModuleList, num_columns: int) -> NDArray[np.float32]:
+    """[num_layers, num_columns], or [num_layers, 0] if there are none."""
+    rows = []
+    for layer in layers:
+        attention: Any = layer.self_attn
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        biases = [p.bias.detach().float() for p in projections if p.bias is not None]
+        rows.append(torch.cat(biases) if biases else torch.zeros(0))
+    width = num_columns if any(len(row) for row in rows) else 0
+    return np.stack([F.pad(row, (0, width - len(row))).numpy() for row in rows])
+
+
+def _epsilons(layer: Any) -> tuple[float, float]:
+    norms = layer.input_layernorm, layer.post_attention_layernorm
+    return norms[0].variance_epsilon, norms[1].variance_epsilon
+
+
+def _sliding_window(layer: Any) -> int | None:
     """Qwen's attention says it itself, layer by layer; Mistral's has it from the configuration."""
+    attention = layer.self_attn
     owner = attention if hasattr(attention, "sliding_window") else attention.config
     window: int | None = getattr(owner, "sliding_window", None)
     return window
-
-
-def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions (Su et al. 2021).
-
-    `heads` [num_tokens, num_heads, head_dim]; `cos` and `sin` [1, num_tokens, head_dim].
-    """
-    half = heads.shape[-1] // 2
-    turned = torch.cat((-heads[..., half:], heads[..., :half]), dim=-1)
-    return torch.addcmul(heads * cos[0, :, None], turned, sin[0, :, None])

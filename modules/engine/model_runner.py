@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from modules.engine.attention import ATTENTION_NAME, PagedAttention, Segment
+from modules.engine.cpu_attention import CpuAttention
 from modules.engine.sampler import sample
 from modules.engine.scheduler import SampledToken, ScheduledBatch
 from modules.engine.torch_attention import TorchAttention
@@ -33,7 +34,8 @@ class ModelRunner:
         self._model = model.eval()
         self._device = model.device
         self._can_select_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._attention: PagedAttention = TorchAttention(num_blocks, block_size)
+        backend = CpuAttention if self._device.type == "cpu" else TorchAttention
+        self._attention: PagedAttention = backend(num_blocks, block_size)
 
     @torch.inference_mode()
     def run(self, batch: ScheduledBatch) -> list[SampledToken]:

@@ -1,63 +1,89 @@
-"""Int8 weights for the CPU: exact integer matrix products, so a row's result is its own.
+"""Int8 weights for the CPU: their format, and the rotation that makes activations fit int8.
 
-Owns the number format and the layer that computes in it. Which layers use it is `fused_layers`'
-business.
+A weight row has one scale, and so has an activation row. Products are summed up as integers, which
+is exact: what else is in the batch cannot change a row's result.
 """
 
 from __future__ import annotations
 
+import math
+import numpy as np
 import torch
-from torch import Tensor, nn
+from numpy.typing import NDArray
+from torch import Tensor
+
+from modules.engine import cpu_kernels
+from modules.engine.cpu_kernels import PANEL, QUAD, UNROLL, ZERO_POINT, Matrices
 
 INT8_MAX = 127
-# The second term of an activation counts in steps this much finer than the first: the rounding
-# error of the first is half a step at most, so it fills int8's range again.
-FINER = 2 * INT8_MAX
+Floats = NDArray[np.float32]
 
 
-class Int8Linear:
-    """Several linear layers with the same input as one, in int8 with float32 scales.
+class Int8Weights:
+    """The weight that has one role in each layer, in the format of `cpu_kernels.multiply`."""
 
-    A weight row has one scale, and so has an activation row. Products are summed up as integers,
-    which is exact: what else is in the batch cannot change a row's result.
+    def __init__(self, num_layers: int, num_outputs: int, num_inputs: int) -> None:
+        self.num_outputs, self.num_inputs = num_outputs, num_inputs
+        num_panels = _pad(num_outputs, PANEL) // PANEL
+        num_quads = _pad(num_inputs, QUAD * UNROLL) // QUAD
+        self.matrices = Matrices(
+            packed=np.zeros((num_layers, num_panels, num_quads, PANEL, QUAD), np.int8),
+            scales=np.zeros((num_layers, num_panels, PANEL), np.float32),
+            offsets=np.zeros((num_layers, num_panels, PANEL), np.int32),
+        )
 
-    Activations take one int8 term, or two: the second holds what the first rounded away, which
-    gives about 15 bits for twice the multiplications (the split of a number into a sum of low-
-    precision ones is that of Ozaki et al. 2012).
+    def set(self, layer: int, weight: Tensor) -> None:
+        """`weight`: [num_outputs, num_inputs], float32."""
+        packed, scales, offsets = (array[layer] for array in self.matrices)
+        scale = weight.abs().amax(1, keepdim=True) / INT8_MAX
+        scale = scale.clamp_min_(torch.finfo(torch.float32).tiny)
+        levels = np.zeros((packed.shape[0] * PANEL, packed.shape[1] * QUAD), np.int8)
+        levels[: self.num_outputs, : self.num_inputs] = (weight / scale).round_().numpy()
+        packed[:] = levels.reshape(len(packed), PANEL, -1, QUAD).transpose(0, 2, 1, 3)
+        offsets[:] = -ZERO_POINT * levels.sum(1, dtype=np.int32).reshape(offsets.shape)
+        scales.reshape(-1)[: self.num_outputs] = scale[:, 0].numpy()
+
+    def multiply(self, layer: int, x: Floats) -> Floats:
+        """x [num_rows, num_inputs] @ the weight's transpose, [num_rows, num_outputs]."""
+        packed, weight_scales, offsets = (array[layer] for array in self.matrices)
+        levels = np.full((len(x), packed.shape[1] * QUAD), ZERO_POINT, np.uint8)
+        scales = np.empty(len(x), np.float32)
+        cpu_kernels.quantize(x, levels, scales)
+        out = np.empty((len(x), weight_scales.size), np.float32)
+        cpu_kernels.multiply(levels, scales, packed, weight_scales, offsets, out)
+        return out[:, : self.num_outputs]
+
+
+def _pad(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
+
+
+class Rotation:
+    """An orthogonal matrix R that mixes all entries of a vector.
+
+    Activations have outliers in a few channels, which leave the others few of int8's levels. x R
+    has none, and (x R) (W R)ᵀ = x Wᵀ (QuaRot, Ashkboos et al. 2024). It is a Kronecker product of
+    two smaller matrices, so applying it is cheap.
     """
 
-    def __init__(self, linears: list[nn.Linear], num_terms: int) -> None:
-        weight = torch.cat([linear.weight.detach() for linear in linears]).float()
-        quantized, scale = quantize_rows(weight, 1)
-        self._weight = quantized.t()  # [in_features, out_features]: a view, as the kernel wants it
-        self._scale = scale.t().contiguous()  # [1, out_features]
-        biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
-        self._bias = torch.cat(biases).float() if biases else None
-        self._num_terms = num_terms
+    def __init__(self, size: int) -> None:
+        power = size & -size
+        generator = torch.Generator().manual_seed(0)
+        odd = torch.randn(size // power, size // power, generator=generator, dtype=torch.float64)
+        signs = torch.randint(0, 2, (size,), generator=generator) * 2 - 1
+        self._signs = signs.float()
+        self._odd = torch.linalg.qr(odd)[0].float()
+        self._hadamard = hadamard(power) / math.sqrt(power)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """`x` [num_tokens, in_features] float32 → [num_tokens, out_features] float32."""
-        terms, scale = quantize_rows(x, self._num_terms)
-        product = torch._int_mm(terms, self._weight).to(torch.float32)
-        if self._num_terms == 2:
-            coarse, fine = product.chunk(2)
-            product = coarse.add_(fine, alpha=1 / FINER)
-        product = product.mul_(scale).mul_(self._scale)
-        return product if self._bias is None else product.add_(self._bias)
+    def apply(self, x: Tensor) -> Tensor:
+        """x R, for x [..., size], float32."""
+        blocks = (x * self._signs).unflatten(-1, (len(self._odd), len(self._hadamard)))
+        return (self._odd.t() @ (blocks @ self._hadamard)).flatten(-2)
 
 
-def quantize_rows(x: Tensor, num_terms: int) -> tuple[Tensor, Tensor]:
-    """x ≈ (terms[:n] + terms[n:] / FINER) × scale, for x of n rows.
-
-    Returns: int8 [num_terms × n, num_columns], and float32 [n, 1].
-    """
-    scale = torch.linalg.vector_norm(x, float("inf"), dim=-1, keepdim=True)
-    scale = scale.mul_(1 / INT8_MAX).clamp_min_(torch.finfo(torch.float32).tiny)
-    scaled = x / scale
-    coarse = scaled.round()
-    if num_terms == 1:
-        return coarse.to(torch.int8), scale
-    terms = torch.empty(2, *x.shape, dtype=torch.int8)
-    terms[0] = coarse
-    terms[1] = scaled.sub_(coarse).mul_(FINER).round_()
-    return terms.flatten(0, 1), scale
+def hadamard(size: int) -> Tensor:
+    """Sylvester's matrix of ones and minus ones, [size, size]; `size` is a power of two."""
+    matrix = torch.ones(1, 1)
+    while len(matrix) < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix

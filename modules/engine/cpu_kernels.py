@@ -1,0 +1,683 @@
+"""The compiled functions of the CPU path, over numpy arrays: int8 matrix products, norms, rotary
+positions, activations, attention over paged keys and values.
+
+Numba compiles them to this processor's vector instructions at first use and keeps the result on
+disk, so no C++ compiler is needed. They are in one file because that cache notices the changes of
+one file only. Whatever a row's company, its results are the same to the last bit: sums of integers
+are exact, and sums of floats are taken row by row, in an order that positions alone decide.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import llvmlite.binding as llvm
+import numpy as np
+from llvmlite import ir
+from numba import njit, prange, types
+from numba.extending import intrinsic
+
+PANEL = 64
+"""Columns of a packed weight that lie together; a block of keys has as many positions."""
+QUAD = 4
+"""Neighbouring inputs that one instruction multiplies and adds up."""
+UNROLL = 2
+"""Quads per turn of the inner loop; the number of inputs is padded to a multiple."""
+MIXED_TOGETHER = 16
+"""Neighbouring entries that `quantize_gated` mixes with others, but not with each other."""
+ZERO_POINT = 128
+"""Activations are stored unsigned, as the instruction wants one factor: 128 means 0."""
+
+_LOG2_E = np.float32(1.4426950408889634)
+_MASKED = np.float32(-1e30)  # not infinite: differences of two stay numbers
+_SMALLEST_EXPONENT = np.float32(-126.0)
+_TINY = np.float32(1e-30)
+_INT8_MAX = np.float32(127)
+_LARGEST = np.float32(127)
+_LN_2 = np.float32(math.log(2))
+_SERIES = tuple(np.float32(1 / math.factorial(term)) for term in range(8))
+
+_BYTE, _INT, _LONG, _FLOAT = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
+
+
+@dataclass(frozen=True, slots=True)
+class VectorUnit:
+    """What the compiled functions may count on, and the register tile that suits it."""
+
+    lanes: int
+    """Of 32 bits."""
+    rows: int
+    """Most rows of a tile: their sums, one panel's columns and a broadcast fill the registers."""
+    vectors: int
+    """Per row of a tile."""
+    dot: str | None
+    """LLVM's name of the instruction that adds up products of four bytes; None: there is none."""
+
+
+def find_vector_unit() -> VectorUnit:
+    features = llvm.get_host_cpu_features()
+    if features.get("avx512vnni"):
+        return VectorUnit(16, 6, 4, "llvm.x86.avx512.vpdpbusd.512")
+    if features.get("avxvnni"):
+        return VectorUnit(8, 5, 2, "llvm.x86.avx512.vpdpbusd.256")
+    return VectorUnit(8, 5, 2, None)
+
+
+UNIT = find_vector_unit()
+
+
+class _Emitter:
+    """Writes one tile: `rows` × `vectors` sums that stay in registers over the inner loop."""
+
+    def __init__(self, builder: Any, unit: VectorUnit, rows: int, vectors: int) -> None:
+        self.builder = builder
+        self.lanes, self.rows, self.vectors = unit.lanes, rows, vectors
+        self.ints = ir.VectorType(_INT, unit.lanes)
+        self.bytes = ir.VectorType(_BYTE, unit.lanes * QUAD)
+        self.floats = ir.VectorType(_FLOAT, unit.lanes)
+        self.dot = unit.dot
+
+    def load(self, base: Any, num_bytes: Any, kind: Any) -> Any:
+        return self.builder.load(self._address(base, num_bytes, kind), align=1)
+
+    def store(self, value: Any, base: Any, num_bytes: Any) -> None:
+        self.builder.store(value, self._address(base, num_bytes, value.type), align=1)
+
+    def offset(self, count: Any, num_bytes: int) -> Any:
+        return self.builder.mul(count, _LONG(num_bytes))
+
+    def splat(self, value: Any, kind: Any) -> Any:
+        undefined = ir.Constant(kind, ir.Undefined)
+        first = self.builder.insert_element(undefined, value, _INT(0))
+        zeros = ir.Constant(ir.VectorType(_INT, self.lanes), [0] * self.lanes)
+        return self.builder.shuffle_vector(first, undefined, zeros)
+
+    def loop(
+        self, count: Any, step: int, initial: list[Any], body: Callable[[Any, list[Any]], None]
+    ) -> list[Any]:
+        """`body(index, sums)` replaces the sums; what they are in the end."""
+        builder = self.builder
+        before = builder.block
+        inside, after = (builder.append_basic_block(name) for name in ("turn", "end"))
+        builder.branch(inside)
+        builder.position_at_end(inside)
+        index = builder.phi(_LONG)
+        index.add_incoming(_LONG(0), before)
+        phis = [builder.phi(value.type) for value in initial]
+        for phi, value in zip(phis, initial, strict=True):
+            phi.add_incoming(value, before)
+        sums = list(phis)
+        body(index, sums)
+        for phi, value in zip(phis, sums, strict=True):
+            phi.add_incoming(value, inside)
+        following = builder.add(index, _LONG(step))
+        index.add_incoming(following, inside)
+        builder.cbranch(builder.icmp_signed("<", following, count), inside, after)
+        builder.position_at_end(after)
+        return sums
+
+    def add_products(self, sums: Any, unsigned: Any, signed: Any) -> Any:
+        """sums + the four products of bytes that each lane of `unsigned` and `signed` holds."""
+        if self.dot is not None:
+            kind = ir.FunctionType(self.ints, [self.ints, self.bytes, self.bytes])
+            return self.builder.call(
+                self.builder.module.declare_intrinsic(self.dot, (), kind), [sums, unsigned, signed]
+            )
+        shorts = ir.VectorType(ir.IntType(16), self.lanes * QUAD)
+        # 255 × 127 still fits into 16 bits.
+        products = self.builder.mul(
+            self.builder.zext(unsigned, shorts), self.builder.sext(signed, shorts)
+        )
+        for part in range(QUAD):
+            lanes = [QUAD * lane + part for lane in range(self.lanes)]
+            mask = ir.Constant(ir.VectorType(_INT, self.lanes), lanes)
+            some = self.builder.shuffle_vector(products, ir.Constant(shorts, ir.Undefined), mask)
+            sums = self.builder.add(sums, self.builder.sext(some, self.ints))
+        return sums
+
+    def _address(self, base: Any, num_bytes: Any, kind: Any) -> Any:
+        return self.builder.inttoptr(self.builder.add(base, num_bytes), kind.as_pointer())
+
+
+def make_int8_tile(unit: VectorUnit) -> Callable[..., None]:
+    """A function for compiled code: a tile of a product with a packed weight.
+
+    Its arguments are numbers and addresses: how many rows; the activations (uint8) and their bytes
+    per row; the weight's first column in its panel (int8) and its number of quads; the columns'
+    offsets (int32); the rows' and the columns' scales (float32); the result (float32) and its
+    floats per row.
+    """
+
+    def emit_rows(builder: Any, rows: int, args: Any) -> None:
+        a, a_stride, b, num_quads, offsets, a_scales, b_scales, out, out_stride = args
+        emit = _Emitter(builder, unit, rows, unit.vectors)
+        size = unit.lanes * 4
+        row_starts = [builder.add(a, emit.offset(a_stride, row)) for row in range(rows)]
+        initial = [
+            emit.load(offsets, _LONG(vector * size), emit.ints) for vector in range(unit.vectors)
+        ]
+
+        def turn(index: Any, sums: list[Any]) -> None:
+            for part in range(UNROLL):
+                quad = builder.add(index, _LONG(part))
+                columns = builder.add(b, emit.offset(quad, PANEL * QUAD))
+                weights = [
+                    emit.load(columns, _LONG(vector * size), emit.bytes)
+                    for vector in range(unit.vectors)
+                ]
+                for row, start in enumerate(row_starts):
+                    four = emit.load(start, emit.offset(quad, QUAD), _INT)
+                    levels = builder.bitcast(emit.splat(four, emit.ints), emit.bytes)
+                    for vector, weight in enumerate(weights):
+                        number = row * unit.vectors + vector
+                        sums[number] = emit.add_products(sums[number], levels, weight)
+
+        sums = emit.loop(num_quads, UNROLL, initial * rows, turn)
+        for row in range(rows):
+            a_scale = emit.splat(emit.load(a_scales, _LONG(row * 4), _FLOAT), emit.floats)
+            start = builder.add(out, emit.offset(out_stride, row * 4))
+            for vector in range(unit.vectors):
+                b_scale = emit.load(b_scales, _LONG(vector * size), emit.floats)
+                value = builder.sitofp(sums[row * unit.vectors + vector], emit.floats)
+                value = builder.fmul(builder.fmul(value, a_scale), b_scale)
+                emit.store(value, start, _LONG(vector * size))
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def tile(
+        typing: Any,
+        num_rows: Any,
+        a: Any,
+        a_stride: Any,
+        b: Any,
+        num_quads: Any,
+        offsets: Any,
+        a_scales: Any,
+        b_scales: Any,
+        out: Any,
+        out_stride: Any,
+    ) -> Any:
+        return types.void(
+            num_rows, a, a_stride, b, num_quads, offsets, a_scales, b_scales, out, out_stride
+        ), _switch(unit.rows, emit_rows)
+
+    return tile  # type: ignore[no-any-return]
+
+
+def make_float_tile(unit: VectorUnit, vectors: int) -> Callable[..., None]:
+    """A function for compiled code: out = out × factors[row] + a @ b, over `vectors` columns.
+
+    Its arguments are numbers and addresses: how many rows; a and its floats per row; b and its
+    floats per row; the number of columns of a; the factors; out and its floats per row.
+    """
+
+    def emit_rows(builder: Any, rows: int, args: Any) -> None:
+        a, a_stride, b, b_stride, num_steps, factors, out, out_stride = args
+        emit = _Emitter(builder, unit, rows, vectors)
+        size = unit.lanes * 4
+        multiply_add = builder.module.declare_intrinsic(
+            f"llvm.fma.v{unit.lanes}f32", (), ir.FunctionType(emit.floats, [emit.floats] * 3)
+        )
+        row_starts = [builder.add(a, emit.offset(a_stride, row * 4)) for row in range(rows)]
+        out_starts = [builder.add(out, emit.offset(out_stride, row * 4)) for row in range(rows)]
+        initial = []
+        for row, start in enumerate(out_starts):
+            factor = emit.splat(emit.load(factors, _LONG(row * 4), _FLOAT), emit.floats)
+            for vector in range(vectors):
+                old = emit.load(start, _LONG(vector * size), emit.floats)
+                initial.append(builder.fmul(old, factor))
+
+        def turn(index: Any, sums: list[Any]) -> None:
+            columns = builder.add(b, builder.mul(index, emit.offset(b_stride, 4)))
+            values = [
+                emit.load(columns, _LONG(vector * size), emit.floats) for vector in range(vectors)
+            ]
+            for row, start in enumerate(row_starts):
+                one = emit.splat(emit.load(start, emit.offset(index, 4), _FLOAT), emit.floats)
+                for vector, value in enumerate(values):
+                    number = row * vectors + vector
+                    sums[number] = builder.call(multiply_add, [one, value, sums[number]])
+
+        sums = emit.loop(num_steps, 1, initial, turn)
+        for row, start in enumerate(out_starts):
+            for vector in range(vectors):
+                emit.store(sums[row * vectors + vector], start, _LONG(vector * size))
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def tile(
+        typing: Any,
+        num_rows: Any,
+        a: Any,
+        a_stride: Any,
+        b: Any,
+        b_stride: Any,
+        num_steps: Any,
+        factors: Any,
+        out: Any,
+        out_stride: Any,
+    ) -> Any:
+        return types.void(
+            num_rows, a, a_stride, b, b_stride, num_steps, factors, out, out_stride
+        ), _switch(unit.rows, emit_rows)
+
+    return tile  # type: ignore[no-any-return]
+
+
+def _switch(most_rows: int, emit_rows: Callable[[Any, int, Any], None]) -> Callable[..., Any]:
+    """Code for each number of rows; the first argument says which of it runs."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        num_rows, *others = args
+        for rows in range(1, most_rows + 1):
+            with builder.if_then(builder.icmp_signed("==", num_rows, _LONG(rows))):
+                emit_rows(builder, rows, others)
+        return context.get_dummy_value()
+
+    return generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _as_float(typing: Any, bits: Any) -> Any:
+    """The float32 with these 32 bits."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], _FLOAT)
+
+    return types.float32(types.int32), generate
+
+
+_int8_tile = make_int8_tile(UNIT)
+_float_tile = make_float_tile(UNIT, UNIT.vectors)
+_narrow_float_tile = make_float_tile(UNIT, 1)
+_TILE_ROWS = UNIT.rows
+_LANES = UNIT.lanes
+_TILE_COLUMNS = UNIT.lanes * UNIT.vectors
+
+
+@njit(fastmath=True)
+def _exp2(x: Any) -> Any:
+    """2**x for x from -126 to 127: 2**round(x) by the exponent's bits, the rest by its series."""
+    x = max(x, _SMALLEST_EXPONENT)
+    whole = np.float32(np.rint(x))
+    rest = (x - whole) * _LN_2
+    power = _SERIES[7]
+    for term in (6, 5, 4, 3, 2, 1, 0):
+        power = power * rest + _SERIES[term]
+    return power * _as_float((np.int32(whole) + np.int32(127)) << np.int32(23))
+
+
+NO_SINKS = np.zeros(0, np.float32)
+
+
+# Int8 products
+
+
+@njit(parallel=True, fastmath=True, cache=True)
+def multiply(
+    levels: Any, scales: Any, weight: Any, weight_scales: Any, weight_offsets: Any, out: Any
+) -> None:
+    """out = ((levels − 128) × scales) @ weight.
+
+    levels: uint8 [num_rows, num_inputs]; scales: float32 [num_rows]. weight: int8 [num_panels,
+    num_inputs / 4, 64, 4]; weight_scales: float32, weight_offsets: int32, [num_panels, 64] each.
+    out: float32 [num_rows, num_panels × 64].
+    """
+    num_rows, num_inputs = levels.shape
+    num_columns = out.shape[1]
+    for tile in prange(num_columns // _TILE_COLUMNS):
+        column = tile * _TILE_COLUMNS
+        panel, column_of_panel = divmod(column, PANEL)
+        for row in range(0, num_rows, _TILE_ROWS):
+            _int8_tile(
+                min(num_rows - row, _TILE_ROWS),
+                levels.ctypes.data + row * num_inputs,
+                num_inputs,
+                weight.ctypes.data + panel * num_inputs * PANEL + column_of_panel * QUAD,
+                num_inputs // QUAD,
+                weight_offsets.ctypes.data + column * 4,
+                scales.ctypes.data + row * 4,
+                weight_scales.ctypes.data + column * 4,
+                out.ctypes.data + (row * num_columns + column) * 4,
+                num_columns,
+            )
+
+
+@njit(fastmath=True)
+def _quantize_row(x: Any, factor: Any, levels: Any) -> Any:
+    """levels − 128 = x / scale, rounded, −127 to 127 at most; returns the scale of x × factor."""
+    largest = _TINY
+    for i in range(x.shape[0]):
+        largest = max(largest, abs(x[i]))
+    steps = _INT8_MAX / largest
+    for i in range(x.shape[0]):
+        levels[i] = np.uint8(np.int32(np.rint(x[i] * steps)) + ZERO_POINT)
+    return largest * factor / _INT8_MAX
+
+
+@njit(parallel=True, fastmath=True, cache=True)
+def quantize(x: Any, levels: Any, scales: Any) -> None:
+    """x [num_rows, num_inputs] ≈ (levels − 128) × scales; padded columns are left as they are."""
+    for row in prange(x.shape[0]):
+        scales[row] = _quantize_row(x[row], np.float32(1), levels[row])
+
+
+@njit(parallel=True, fastmath=True, cache=True)
+def quantize_normed(x: Any, epsilon: Any, levels: Any, scales: Any) -> None:
+    """`quantize` of x with each row divided by its root mean square."""
+    for row in prange(x.shape[0]):
+        total = np.float32(0)
+        for i in range(x.shape[1]):
+            total += x[row, i] * x[row, i]
+        mean = total / np.float32(x.shape[1])
+        factor = np.float32(1) / np.sqrt(mean + epsilon)
+        scales[row] = _quantize_row(x[row], factor, levels[row])
+
+
+@njit(parallel=True, fastmath=True, cache=True)
+def quantize_gated(gate_up: Any, mixed_size: Any, gated: Any, levels: Any, scales: Any) -> None:
+    """`quantize` of silu(gate) × up, mixed.
+
+    gate_up: [num_rows, 2 × num_inputs or more]; gated: [num_rows, num_inputs], to work in.
+    """
+    num_inputs = gated.shape[1]
+    for row in prange(gated.shape[0]):
+        for i in range(num_inputs):
+            gate = gate_up[row, i]
+            sigmoid = np.float32(1) / (np.float32(1) + _exp2(min(-gate * _LOG2_E, _LARGEST)))
+            gated[row, i] = gate * sigmoid * gate_up[row, num_inputs + i]
+        _mix(gated[row], mixed_size)
+        scales[row] = _quantize_row(gated[row], np.float32(1), levels[row])
+
+
+@njit(fastmath=True)
+def _mix(x: Any, size: Any) -> None:
+    """Multiply by the blocks Hadamard(size / 16) ⊗ I(16): sums and differences, vector by vector."""
+    width = MIXED_TOGETHER
+    while width < size:
+        for start in range(0, x.shape[0], 2 * width):
+            for i in range(start, start + width):
+                one, other = x[i], x[i + width]
+                x[i] = one + other
+                x[i + width] = one - other
+        width *= 2
+
+
+@njit(parallel=True, fastmath=True, cache=True)
+def add(x: Any, y: Any) -> None:
+    """x += y; y may have more columns."""
+    for row in prange(x.shape[0]):
+        for i in range(x.shape[1]):
+            x[row, i] += y[row, i]
+
+
+@njit(parallel=True, fastmath=True, cache=True)
+def rotate(rows: Any, head_dim: Any, num_heads: Any, cos: Any, sin: Any) -> None:
+    """Rotary positions (Su et al. 2021) for the first heads of each row, in place.
+
+    rows: [num_tokens, num_heads × head_dim or more]; cos and sin: [num_tokens, head_dim].
+    """
+    half = head_dim // 2
+    for token in prange(rows.shape[0]):
+        for head in range(num_heads):
+            first = head * head_dim
+            for i in range(half):
+                one, other = rows[token, first + i], rows[token, first + half + i]
+                rows[token, first + i] = one * cos[token, i] - other * sin[token, i]
+                rows[token, first + half + i] = (
+                    other * cos[token, half + i] + one * sin[token, half + i]
+                )
+
+
+# Attention
+
+
+class Heads(NamedTuple):
+    """Vectors of some heads, side by side in the rows of an array that may hold others too."""
+
+    rows: Any
+    """float32 [num_tokens, ...]"""
+    first_column: int
+    num_heads: int
+    head_dim: int
+
+
+class Segments(NamedTuple):
+    """Positions `starts` to `ends` of sequences, int64 [num_segments] each."""
+
+    offsets: Any
+    """Row of each segment's first token."""
+    starts: Any
+    ends: Any
+    tables: Any
+    """int64 [num_segments, most blocks]: where a sequence's keys and values are."""
+    tiles: Any
+    """int64 [num_tiles, 4], neighbouring tokens that are computed together: the segment, the first
+    one's row and position, how many."""
+
+
+class Masking(NamedTuple):
+    scale: Any
+    """Of the scores, float32."""
+    window: int
+    """Tokens that a query sees, itself included; 0: all."""
+    softcap: Any
+    """Scores become softcap × tanh(score / softcap), float32; 0: they stay."""
+    sinks: Any
+    """float32 [num_heads], or empty: one more logit in each softmax, of nothing."""
+
+
+@njit(parallel=True, cache=True)
+def store(keys: Any, values: Any, segments: Any, key_cache: Any, value_cache: Any) -> None:
+    """Put new keys and values (Heads) where they belong.
+
+    key_cache: [num_blocks, num_kv_heads, head_dim, 64]; value_cache: [num_blocks, num_kv_heads, 64,
+    head_dim padded to whole vectors].
+    """
+    for item in prange(segments.offsets.shape[0] * keys.num_heads):
+        segment, head = divmod(np.int64(item), keys.num_heads)  # it is unsigned
+        token = segments.offsets[segment]
+        key_column = keys.first_column + head * keys.head_dim
+        value_column = values.first_column + head * values.head_dim
+        for position in range(segments.starts[segment], segments.ends[segment]):
+            block = segments.tables[segment, position // PANEL]
+            slot = position % PANEL
+            for i in range(keys.head_dim):
+                key_cache[block, head, i, slot] = keys.rows[token, key_column + i]
+            for i in range(values.head_dim):
+                value_cache[block, head, slot, i] = values.rows[token, value_column + i]
+            token += 1
+
+
+@njit(parallel=True, fastmath=True, cache=True)
+def attend(
+    queries: Any, segments: Any, masking: Any, key_cache: Any, value_cache: Any, out: Any
+) -> None:
+    """Attention with a running maximum, block after block (FlashAttention, Dao et al. 2022).
+
+    queries: Heads. out: [num_tokens, num_heads × the values' head_dim].
+    """
+    head_dim, num_kv_heads = queries.head_dim, value_cache.shape[1]
+    group = queries.num_heads // num_kv_heads
+    value_dim = out.shape[1] // queries.num_heads
+    num_tiles = segments.tiles.shape[0]
+    for item in prange(num_tiles * num_kv_heads):
+        kv_head, tile = divmod(np.int64(item), num_tiles)
+        segment, token, position, num_tokens = segments.tiles[tile]
+        num_rows = num_tokens * group
+        rows = np.empty((num_rows, head_dim), np.float32)
+        for row in range(num_rows):
+            column = queries.first_column + (kv_head * group + row % group) * head_dim
+            for i in range(head_dim):
+                rows[row, i] = queries.rows[token + row // group, column + i] * masking.scale
+        scores = np.zeros((num_rows, PANEL), np.float32)
+        sums = np.zeros((num_rows, value_cache.shape[3]), np.float32)
+        nothing = np.zeros(num_rows, np.float32)
+        factors = np.empty(num_rows, np.float32)
+        largest = np.full(num_rows, _MASKED, np.float32)
+        totals = np.zeros(num_rows, np.float32)
+        if masking.sinks.shape[0]:
+            for row in range(num_rows):
+                largest[row] = masking.sinks[kv_head * group + row % group] * _LOG2_E
+                totals[row] = np.float32(1)
+        end, window = position + num_tokens, masking.window
+        first = max(0, position - window + 1) if window else 0
+        for number in range(first // PANEL, (end - 1) // PANEL + 1):
+            block, start = segments.tables[segment, number], number * PANEL
+            _multiply_floats(rows, key_cache[block, kv_head], head_dim, nothing, scores)
+            for row in range(num_rows):
+                last = position + row // group - start
+                earliest = last - window + 1 if window else 0
+                factors[row] = _soften(
+                    scores[row], earliest, last, masking.softcap, largest, totals, row
+                )
+            count = min(PANEL, end - start)  # what comes after was another sequence's
+            _multiply_floats(scores, value_cache[block, kv_head], count, factors, sums)
+        for row in range(num_rows):
+            column = (kv_head * group + row % group) * value_dim
+            share = np.float32(1) / totals[row]
+            for i in range(value_dim):
+                out[token + row // group, column + i] = sums[row, i] * share
+
+
+@njit(fastmath=True)
+def _soften(
+    scores: Any, earliest: Any, last: Any, softcap: Any, largest: Any, totals: Any, row: Any
+) -> Any:
+    """Scores of one row and block become weights; returns what earlier weights are worth now.
+
+    Keys `earliest` to `last` of the block are seen.
+    """
+    if softcap:
+        for i in range(PANEL):
+            scores[i] = softcap * np.float32(np.tanh(scores[i] / softcap))
+    maximum = largest[row]
+    for i in range(PANEL):
+        score = scores[i] * _LOG2_E if earliest <= i <= last else _MASKED
+        scores[i] = score
+        maximum = max(maximum, score)
+    total = np.float32(0)
+    for i in range(PANEL):
+        weight = _exp2(scores[i] - maximum)
+        weight = weight if earliest <= i <= last else np.float32(0)
+        scores[i] = weight
+        total += weight
+    factor = _exp2(largest[row] - maximum)
+    largest[row] = maximum
+    totals[row] = totals[row] * factor + total
+    return factor
+
+
+@njit
+def _multiply_floats(a: Any, b: Any, num_steps: Any, factors: Any, out: Any) -> None:
+    """out = out × factors + a[:, :num_steps] @ b[:num_steps]; whole vectors of columns."""
+    num_rows, num_columns = out.shape
+    for row in range(0, num_rows, _TILE_ROWS):
+        count = min(num_rows - row, _TILE_ROWS)
+        a_at = a.ctypes.data + row * a.shape[1] * 4
+        factors_at = factors.ctypes.data + row * 4
+        column = 0
+        while column + _TILE_COLUMNS <= num_columns:
+            _float_tile(
+                count, a_at, a.shape[1], b.ctypes.data + column * 4, num_columns, num_steps,
+                factors_at, out.ctypes.data + (row * num_columns + column) * 4, num_columns,
+            )
+            column += _TILE_COLUMNS
+        while column < num_columns:
+            _narrow_float_tile(
+                count, a_at, a.shape[1], b.ctypes.data + column * 4, num_columns, num_steps,
+                factors_at, out.ctypes.data + (row * num_columns + column) * 4, num_columns,
+            )
+            column += _LANES
+
+
+# Layers
+
+
+class Matrices(NamedTuple):
+    """A weight of every layer, packed as `multiply` says, [num_layers, ...] each."""
+
+    packed: Any
+    scales: Any
+    offsets: Any
+
+
+class LayerWeights(NamedTuple):
+    """Of layers of the Llama kind; the norms' weights are part of the matrices after them."""
+
+    qkv: Any
+    output: Any
+    gate_up: Any
+    down: Any
+    biases: Any
+    """Of queries, keys and values: float32 [num_layers, padded outputs], or [num_layers, 0]."""
+    epsilons: Any
+    """float32 [num_layers, 2]: of the norms before the attention and before the MLP."""
+    windows: Any
+    """int64 [num_layers]; 0: none."""
+
+
+@njit(cache=True)
+def run_layers(
+    hidden: Any,
+    weights: Any,
+    num_heads: Any,
+    num_kv_heads: Any,
+    head_dim: Any,
+    num_gated: Any,
+    mixed_size: Any,
+    scale: Any,
+    cos: Any,
+    sin: Any,
+    segments: Any,
+    key_caches: Any,
+    value_caches: Any,
+    no_sinks: Any,
+) -> None:
+    """What the layers make of `hidden` [num_tokens, hidden_size], in place.
+
+    `num_gated`: inputs of the down projection. The caches are those of `store`, [num_layers, ...].
+    """
+    num_tokens = hidden.shape[0]
+    scales = np.empty(num_tokens, np.float32)
+    normed = _make_levels(num_tokens, weights.qkv)
+    attended_levels = _make_levels(num_tokens, weights.output)
+    gated_levels = _make_levels(num_tokens, weights.down)
+    qkv = np.empty((num_tokens, weights.qkv.scales[0].size), np.float32)
+    attended = np.empty((num_tokens, num_heads * head_dim), np.float32)
+    added = np.empty((num_tokens, weights.output.scales[0].size), np.float32)
+    gate_up = np.empty((num_tokens, weights.gate_up.scales[0].size), np.float32)
+    gated = np.empty((num_tokens, num_gated), np.float32)
+    queries = Heads(qkv, 0, num_heads, head_dim)
+    keys = Heads(qkv, num_heads * head_dim, num_kv_heads, head_dim)
+    values = Heads(qkv, (num_heads + num_kv_heads) * head_dim, num_kv_heads, head_dim)
+    for layer in range(weights.windows.shape[0]):
+        masking = Masking(scale, weights.windows[layer], np.float32(0), no_sinks)
+        quantize_normed(hidden, weights.epsilons[layer, 0], normed, scales)
+        _multiply_layer(normed, scales, weights.qkv, layer, qkv)
+        if weights.biases.shape[1]:
+            qkv += weights.biases[layer]
+        rotate(qkv, head_dim, num_heads + num_kv_heads, cos, sin)
+        store(keys, values, segments, key_caches[layer], value_caches[layer])
+        attend(queries, segments, masking, key_caches[layer], value_caches[layer], attended)
+        quantize(attended, attended_levels, scales)
+        _multiply_layer(attended_levels, scales, weights.output, layer, added)
+        add(hidden, added)
+        quantize_normed(hidden, weights.epsilons[layer, 1], normed, scales)
+        _multiply_layer(normed, scales, weights.gate_up, layer, gate_up)
+        quantize_gated(gate_up, mixed_size, gated, gated_levels, scales)
+        _multiply_layer(gated_levels, scales, weights.down, layer, added)
+        add(hidden, added)
+
+
+@njit
+def _make_levels(num_rows: Any, weights: Any) -> Any:
+    return np.full((num_rows, weights.packed.shape[2] * QUAD), ZERO_POINT, np.uint8)
+
+
+@njit
+def _multiply_layer(levels: Any, scales: Any, weights: Any, layer: Any, out: Any) -> None:
+    multiply(
+        levels, scales, weights.packed[layer], weights.scales[layer], weights.offsets[layer], out
+    )
