@@ -24,6 +24,9 @@ class EngineConfig:
     `max_num_seqs` is used."""
     num_cache_tokens: int
     """Tokens whose keys and values fit into memory; at least `max_model_len`."""
+    num_retained_tokens: int | None = None
+    """Most tokens whose keys and values are retained after their generation has ended, for others
+    that begin like it; None: twice `max_model_len`."""
     block_size: int = BLOCK_SIZE
 
     def __post_init__(self) -> None:
@@ -35,7 +38,12 @@ class Engine:
     def __init__(self, model: PreTrainedModel, config: EngineConfig) -> None:
         num_blocks = -(-config.num_cache_tokens // config.block_size)
         self.config = config
-        self.cache_manager = CacheManager(num_blocks, config.block_size)
+        num_retained = config.num_retained_tokens
+        if num_retained is None:
+            num_retained = 2 * config.max_model_len
+        self.cache_manager = CacheManager(
+            num_blocks, config.block_size, -(-num_retained // config.block_size)
+        )
         self.scheduler = Scheduler(
             self.cache_manager,
             config.max_num_seqs,

@@ -19,6 +19,6 @@ class TokenOutput:
     """Set on the last token of a sequence; an end-of-sequence token is reported like any other.
     With ERROR there is no token, and the id means nothing."""
     num_cached_tokens: int = 0
-    """Prompt tokens whose keys and values did not have to be computed."""
+    """Prompt tokens whose keys and values were there already, computed for another generation."""
     logprob: float | None = None
     """Natural logarithm of the token's probability before sampling filters, when asked for."""

@@ -3,7 +3,8 @@
 There is no prefill phase and no decode phase: every running sequence has tokens that the model has
 not read, and a step reads some of them. A prompt is read in chunks, beside running streams, and is
 cut at the same places whatever else runs: where it is cut decides how attention is rounded, so its
-tokens do not depend on its company. Integers only; no tensor, no text.
+tokens do not depend on its company. What another sequence has read, or is just reading, is not read
+again. Integers only; no tensor, no text.
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ class Scheduler:
         """Record what a step did; `sampled` holds a token for each of `batch.sampled`."""
         for item in batch.items:
             item.seq.num_computed_tokens = item.end
+            self._cache.record(item.seq)
         return [
             self._append(item.seq, token)
             for item, token in zip(batch.sampled, sampled, strict=True)
@@ -104,8 +106,11 @@ class Scheduler:
     def _schedule_running(self) -> list[ScheduledSequence]:
         budget = self._max_num_batched_tokens
         items: list[ScheduledSequence] = []
-        for seq in tuple(self.running):
-            if seq.status is not SequenceStatus.RUNNING or self._chunk(seq) > budget:
+        # Streams first, so that each goes on in every step: prompts share what they leave.
+        for seq in sorted(self.running, key=lambda seq: seq.num_uncomputed_tokens > 1):
+            if seq.status is not SequenceStatus.RUNNING:
+                continue
+            if self._chunk(seq, seq.num_computed_tokens) > budget:
                 continue
             if not self._make_room(seq, items):
                 continue
@@ -114,27 +119,45 @@ class Scheduler:
         return items
 
     def _admit(self, budget: int) -> list[ScheduledSequence]:
-        items = []
-        while self.waiting and len(self.running) < self._max_num_seqs:
-            seq = self.waiting[0]
-            if self._chunk(seq) > budget or not self._cache.can_allocate(seq):
+        """First come, first served; but who waits for what is just being read lets others pass,
+        and keeps a place among the running ones.
+        """
+        items: list[ScheduledSequence] = []
+        num_passed = 0
+        being_read = {self._cache.next_content(seq) for seq in self.running if self.waiting}
+        for seq in tuple(self.waiting):
+            if len(self.running) + num_passed >= self._max_num_seqs:
                 break
-            self.waiting.popleft()
-            self._cache.allocate(seq)
-            seq.status = SequenceStatus.RUNNING
-            self.running.append(seq)
+            prefix = self._cache.find_prefix(seq)
+            if prefix.missing is not None and prefix.missing in being_read:
+                num_passed += 1
+                continue
+            if not self._cache.can_allocate(seq, prefix):
+                break
+            if self._chunk(seq, len(prefix.blocks) * self._cache.block_size) > budget:
+                break
+            self._start(seq, self._cache.allocate(seq, prefix))
             items.append(self._build_item(seq))
             budget -= items[-1].num_tokens
+            being_read.add(self._cache.next_content(seq))
         return items
 
-    def _chunk(self, seq: Sequence) -> int:
-        """How many tokens of `seq` a step reads: to its end, or up to the next cut."""
-        to_next_cut = self._chunk_size - seq.num_computed_tokens % self._chunk_size
-        return min(seq.num_uncomputed_tokens, to_next_cut)
+    def _start(self, seq: Sequence, num_cached_tokens: int) -> None:
+        self.waiting.remove(seq)
+        self.running.append(seq)
+        seq.status = SequenceStatus.RUNNING
+        seq.num_computed_tokens = num_cached_tokens
+        if seq.num_cached_tokens is None:
+            seq.num_cached_tokens = num_cached_tokens
+
+    def _chunk(self, seq: Sequence, start: int) -> int:
+        """How many tokens of `seq` a step reads from `start`: to its end, or up to the next cut."""
+        to_next_cut = self._chunk_size - start % self._chunk_size
+        return min(len(seq.token_ids) - start, to_next_cut)
 
     def _build_item(self, seq: Sequence) -> ScheduledSequence:
         start = seq.num_computed_tokens
-        end = start + self._chunk(seq)
+        end = start + self._chunk(seq, start)
         return ScheduledSequence(seq, tuple(seq.block_table), start, end, end == len(seq.token_ids))
 
     def _make_room(self, seq: Sequence, scheduled: list[ScheduledSequence]) -> bool:
@@ -161,7 +184,7 @@ class Scheduler:
         if reason is not None:
             self.finish(seq, reason)
         return TokenOutput(
-            seq.request_id, token.token_id, reason, seq.num_cached_tokens, token.logprob
+            seq.request_id, token.token_id, reason, seq.num_cached_tokens or 0, token.logprob
         )
 
     def _finish_reason(self, seq: Sequence, token_id: int) -> FinishReason | None:

@@ -41,7 +41,8 @@ class Sequence:
         self.token_ids = list(request.prompt_token_ids)
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.num_computed_tokens = 0
-        self.num_cached_tokens = 0
+        self.num_cached_tokens: int | None = None
+        """Prompt tokens that were there when it was admitted first."""
         self.block_table: list[int] = []
         self.output_counts: Counter[int] = Counter()
         room = max_model_len - self.num_prompt_tokens

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from modules.engine.cache_manager import BLOCK_SIZE
 from modules.engine.engine import Engine
 from modules.engine.outputs import FinishReason
 from tests.engine.conftest import CONFIGS, VOCAB_SIZE, build_model, request, run, token_ids
@@ -177,3 +178,49 @@ def test_memory_of_ended_sequences_is_used_again(make_engine) -> None:
         run(engine)
     assert tables == tables[:1] * 8
     assert engine.cache_manager.num_free_blocks == engine.cache_manager.num_blocks
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_later_turns_are_the_same_as_without_the_earlier_ones(
+    name: str, temperature: float, make_engine
+) -> None:
+    model = build_model(name)
+    engine = make_engine(model, max_num_batched_tokens=256)
+    conversation = random_prompts(1, 400, seed=4)[0]
+    for turn in range(4):
+        wish = request(str(turn), conversation, max_tokens=70, seed=turn, temperature=temperature)
+        engine.add(wish)
+        cold = make_engine(model, max_num_batched_tokens=256)
+        cold.add(wish)
+        outputs, expected = run(engine)[str(turn)], run(cold)[str(turn)]
+        assert token_ids(outputs) == token_ids(expected)
+        assert expected[0].num_cached_tokens == 0
+        if turn:
+            known = len(conversation) - 1 - 5  # the last token of a turn is never computed
+            assert outputs[0].num_cached_tokens == known // BLOCK_SIZE * BLOCK_SIZE
+        conversation = [*conversation, *token_ids(outputs), *range(5, 10)]
+
+
+def test_equal_prompts_are_read_once(make_engine, tiny_model) -> None:
+    engine = make_engine(max_num_batched_tokens=128)
+    prompt = [number % 290 + 5 for number in range(300)]
+    for number in range(4):
+        engine.add(request(str(number), prompt, max_tokens=1))
+    outputs, num_read = {}, 0
+    while engine.has_unfinished:
+        batch = engine.schedule()
+        num_read += sum(item.num_tokens for item in batch.items)
+        outputs |= {output.request_id: output.token_id for output in engine.execute(batch)}
+    num_shared = (len(prompt) - 1) // BLOCK_SIZE * BLOCK_SIZE
+    assert num_shared > BLOCK_SIZE
+    assert num_read == len(prompt) + 3 * (len(prompt) - num_shared)
+    assert {*outputs.values()} == {*generate(tiny_model, prompt, max_new_tokens=1)}
+
+
+def test_what_ended_generations_leave_is_bounded(make_engine) -> None:
+    engine = make_engine(max_model_len=128, num_cache_tokens=2048)
+    for number in range(20):
+        engine.add(request(str(number), [number, *range(10, 110)], max_tokens=1))
+        run(engine)
+    assert engine.cache_manager.num_retained_blocks == 2 * 128 // BLOCK_SIZE

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterable
+
 from modules.engine.cache_manager import CacheManager
 from modules.engine.outputs import FinishReason, TokenOutput
 from modules.engine.sampling_params import SamplingParams
@@ -17,8 +20,16 @@ def build(max_num_seqs: int = 8, num_blocks: int = 500, budget: int = 100) -> Sc
 
 
 def add(scheduler: Scheduler, name: str, num_tokens: int, **params: object) -> Sequence:
+    """With tokens that no other name has."""
+    first = 10_000 * int.from_bytes(name.encode())
+    return add_tokens(scheduler, name, range(first, first + num_tokens), **params)
+
+
+def add_tokens(
+    scheduler: Scheduler, name: str, token_ids: Iterable[int], **params: object
+) -> Sequence:
     wishes = SamplingParams(**params)  # type: ignore[arg-type]
-    seq = Sequence(SequenceRequest(name, tuple(range(10, 10 + num_tokens)), wishes), 5000)
+    seq = Sequence(SequenceRequest(name, tuple(token_ids), wishes), 5000)
     scheduler.add(seq)
     return seq
 
@@ -133,3 +144,115 @@ def test_a_preempted_sequence_is_the_next_to_be_admitted() -> None:
     step(scheduler)
     scheduler.finish(old, FinishReason.ABORT)
     assert spans(step(scheduler)[0]) == {"young": (0, BLOCK_SIZE + 1)}
+
+
+def test_the_next_turn_reads_only_what_is_new() -> None:
+    scheduler = build()
+    first = add(scheduler, "first", 25, max_tokens=20, ignore_eos=True)
+    while scheduler.has_unfinished:
+        step(scheduler)
+    assert len(first.token_ids) == 45
+    second = add_tokens(scheduler, "second", [*first.token_ids, *range(4)])
+    batch, (output,) = step(scheduler)
+    assert spans(batch) == {"second": (40, 49)}
+    assert output.num_cached_tokens == second.num_cached_tokens == 40
+
+
+def test_what_is_being_read_is_waited_for_and_read_once() -> None:
+    scheduler = build(budget=100)
+    prompt = range(125)
+    for name in "abc":
+        add_tokens(scheduler, name, prompt)
+    add(scheduler, "other", 30)
+    assert spans(step(scheduler)[0]) == {"a": (0, 50), "other": (0, 30)}, "it may pass"
+    assert spans(step(scheduler)[0]) == {"a": (50, 100), "other": (30, 31)}
+    assert spans(step(scheduler)[0]) == {"a": (100, 125), "other": (31, 32)}
+    batch, outputs = step(scheduler)
+    assert spans(batch) == {"a": (125, 126), "other": (32, 33), "b": (120, 125), "c": (120, 125)}
+    assert {o.request_id: o.num_cached_tokens for o in outputs} == {
+        **{"a": 0, "other": 0},
+        **{"b": 120, "c": 120},
+    }
+
+
+def test_only_what_is_shared_is_waited_for() -> None:
+    scheduler = build(budget=100)
+    add_tokens(scheduler, "a", range(150))
+    add_tokens(scheduler, "b", [*range(40), *range(1000, 1050)])
+    assert spans(step(scheduler)[0]) == {"a": (0, 50)}
+    assert spans(step(scheduler)[0]) == {"a": (50, 100), "b": (40, 50)}
+    assert spans(step(scheduler)[0]) == {"a": (100, 150), "b": (50, 90)}
+
+
+def test_who_waits_goes_on_when_the_reader_ends() -> None:
+    scheduler = build(budget=100)
+    reader = add_tokens(scheduler, "a", range(150))
+    add_tokens(scheduler, "b", range(150))
+    add_tokens(scheduler, "c", range(150))
+    step(scheduler)
+    scheduler.finish(reader, FinishReason.ABORT)
+    assert spans(step(scheduler)[0]) == {"b": (50, 100)}
+    scheduler.finish(scheduler.running[0], FinishReason.ERROR)
+    assert spans(step(scheduler)[0]) == {"c": (100, 150)}
+
+
+def test_who_waits_for_a_reader_keeps_its_place() -> None:
+    scheduler = build(max_num_seqs=3, budget=100)
+    add_tokens(scheduler, "a", range(80), max_tokens=100)
+    add_tokens(scheduler, "b", range(80), max_tokens=100)
+    for name in ("other", "late"):
+        add(scheduler, name, 5, max_tokens=100)
+    assert spans(step(scheduler)[0]).keys() == {"a", "other"}
+    assert spans(step(scheduler)[0]).keys() == {"a", "other"}
+    assert spans(step(scheduler)[0]).keys() == {"a", "other", "b"}
+
+
+def test_a_preempted_sequence_finds_what_is_left_of_it() -> None:
+    scheduler = build(num_blocks=6, budget=1000)
+    old = add(scheduler, "old", 3 * BLOCK_SIZE)
+    add(scheduler, "young", 3 * BLOCK_SIZE)
+    step(scheduler)
+    step(scheduler)  # the young one's last block is needed
+    scheduler.finish(old, FinishReason.ABORT)
+    batch, (output,) = step(scheduler)
+    assert spans(batch) == {"young": (2 * BLOCK_SIZE, 3 * BLOCK_SIZE + 1)}
+    assert output.num_cached_tokens == 0, "no other generation has computed it"
+
+
+def test_streams_go_on_whatever_is_left_of_prompts() -> None:
+    """Prompts that begin in the middle of a chunk do not take up a stream's room."""
+    scheduler = build(max_num_seqs=4, budget=100)
+    add(scheduler, "known", 10, max_tokens=1)
+    step(scheduler)
+    add(scheduler, "a", 500)
+    add(scheduler, "known", 500)
+    add(scheduler, "stream", 8, max_tokens=100)
+    assert spans(step(scheduler)[0]) == {"a": (0, 50), "known": (10, 50), "stream": (0, 8)}
+    while any(seq.num_uncomputed_tokens > 1 for seq in scheduler.running):
+        batch, outputs = step(scheduler)
+        assert "stream" in {output.request_id for output in outputs}
+        assert sum(item.num_tokens for item in batch.items) <= 100
+
+
+def test_whatever_is_shared_everything_ends_and_streams_are_never_stopped() -> None:
+    for seed in range(30):
+        draw = random.Random(seed)
+        scheduler = build(max_num_seqs=5, num_blocks=draw.choice((30, 60, 500)), budget=60)
+        seqs = []
+        for _ in range(600):
+            if len(seqs) < 40 and draw.random() < 0.3:
+                prompt = [0] * draw.randrange(1, 150) + draw.choices((1, 2), k=draw.randrange(60))
+                wishes = {"max_tokens": draw.randrange(1, 30)}
+                seqs.append(add_tokens(scheduler, str(len(seqs)), prompt, **wishes))
+            if seqs and draw.random() < 0.02:
+                scheduler.finish(draw.choice(seqs), FinishReason.ABORT)
+            streams = [s for s in scheduler.running if s.num_uncomputed_tokens == 1]
+            batch, _ = step(scheduler)
+            assert batch.items or not scheduler.has_unfinished, "nothing goes on"
+            assert sum(item.num_tokens for item in batch.items) <= 60
+            for seq in streams:
+                assert seq.is_finished or seq.request_id in spans(batch) or not seq.block_table
+            scheduler._cache.check_integrity()
+        while scheduler.has_unfinished:
+            assert step(scheduler)[0].items
+        assert all(seq.is_finished and not seq.block_table for seq in seqs)

@@ -60,6 +60,18 @@ def test_a_sensible_sentence(http: httpx.Client) -> None:
     assert 1 < usage["completion_tokens"] <= 30
 
 
+def test_the_next_turn_finds_the_ones_before(http: httpx.Client) -> None:
+    messages = ask("Tell me about the capital of France, its history, and its rivers. " * 6)
+    options = {"temperature": 0, "max_tokens": 100}
+    first = chat(http, messages=messages, **options)
+    assert first["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
+    messages += [first["choices"][0]["message"], *ask("And of Italy?")]
+    second = chat(http, messages=messages, **options)["usage"]
+    assert second["prompt_tokens_details"]["cached_tokens"] > first["usage"]["prompt_tokens"]
+    again = chat(http, messages=messages, n=3, **options)["usage"]
+    assert again["prompt_tokens_details"]["cached_tokens"] <= second["prompt_tokens"]
+
+
 def test_openai_client_streams(server: Server) -> None:
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
     stream = client.chat.completions.create(
