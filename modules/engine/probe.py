@@ -127,6 +127,16 @@ def _is_causal(model: PreTrainedModel) -> bool:
     return _distance(part, whole[:-1]) <= _tolerance(model)
 
 
+def _generate(model: PreTrainedModel) -> None:
+    prompt = tuple(_prompts(model)[0][0].tolist())
+    length = 2 * len(prompt)
+    engine = GenerateEngine(model, EngineConfig(max_model_len=length, num_cache_tokens=length))
+    params = SamplingParams(temperature=0.0, max_tokens=NUM_GENERATED_TOKENS)
+    engine.add(SequenceRequest("probe", prompt, params))
+    while engine.has_unfinished:
+        engine.step()
+
+
 @contextmanager
 def _short_windows(model: PreTrainedModel) -> Iterator[None]:
     """Let no window be longer than the prompts.
@@ -146,16 +156,6 @@ def _short_windows(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for owner, size in long:
             owner.sliding_window = size
-
-
-def _generate(model: PreTrainedModel) -> None:
-    prompt = tuple(_prompts(model)[0][0].tolist())
-    length = 2 * len(prompt)
-    engine = GenerateEngine(model, EngineConfig(max_model_len=length, num_cache_tokens=length))
-    params = SamplingParams(temperature=0.0, max_tokens=NUM_GENERATED_TOKENS)
-    engine.add(SequenceRequest("probe", prompt, params))
-    while engine.has_unfinished:
-        engine.step()
 
 
 class _Ledger(KVCache):
