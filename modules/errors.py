@@ -7,6 +7,7 @@ ServerError
 ├── ModelError
 │   ├── ModelNotFoundError           no folder, file, package or hub entry has that name
 │   ├── ModelLoadError               it is there, and cannot be loaded
+│   ├── NotBatchableError            it can be loaded, and must run one request at a time
 │   └── NoModelLoadedError           the request needs a model and none is loaded
 ├── InvalidRequestError              what the client asked for makes no sense; names the field
 │   ├── ContextLengthExceededError   the prompt does not fit into the model's context
@@ -45,6 +46,10 @@ class ModelNotFoundError(ModelError):
 
 
 class ModelLoadError(ModelError):
+    pass
+
+
+class NotBatchableError(ModelError):
     pass
 
 

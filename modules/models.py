@@ -19,7 +19,9 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -32,8 +34,14 @@ from modules.engine.async_engine import AsyncEngine
 from modules.engine.cache_manager import BLOCK_SIZE
 from modules.engine.engine import Engine, EngineConfig
 from modules.engine.fused_layers import quantize_model
-from modules.engine.probe import probe
-from modules.errors import ModelLoadError, NoModelLoadedError, ServerError
+from modules.engine.generate_engine import GenerateEngine
+from modules.engine.probe import ProbeResult, probe, probe_alone
+from modules.errors import (
+    ModelLoadError,
+    NoModelLoadedError,
+    NotBatchableError,
+    ServerError,
+)
 from modules.instruction_templates import ChatTemplate, choose_template
 from modules.model_files import FoundModel, find_model, list_models
 from modules.settings import PROJECT_ROOT, Settings
@@ -74,8 +82,10 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     vocab_size: int
     max_model_len: int
-    """Most tokens of prompt and reply together."""
+    """Most tokens of prompt and reply together; of an encoder-decoder, of each."""
     chat_template: ChatTemplate
+    continues_prompt: bool = True
+    """False where the reply is a text of its own, as an encoder-decoder's is."""
     device: str = "cpu"
     dtype: str = "float32"
 
@@ -144,13 +154,16 @@ def _load(found: FoundModel, settings: Settings) -> LoadedModel:
     folder = _convert(found.path, settings)
     tokenizer = _load_tokenizer(folder, settings, is_converted=folder != found.path)
     model = _load_weights(folder, settings, device)
-    kv_bytes_per_token = probe(model).kv_bytes_per_token
+    wished_model_len = _wished_model_len(model.config, tokenizer, settings)
+    result = try_out(found.name, model, wished_model_len)
     # After the probe, which compares with the model's own layers.
-    is_int8 = _wants_int8(settings, device) and quantize_model(model)
+    is_int8 = result is not None and _wants_int8(settings, device) and quantize_model(model)
     if settings.dtype == "int8" and not is_int8:
         raise ModelLoadError(f"{found.name} cannot be loaded in int8: {_why_not_int8(device)}.")
-    config = _choose_config(model, tokenizer, kv_bytes_per_token, settings)
-    pin_rotary_factors(model, config.max_model_len)
+    config = _choose_config(model, tokenizer, wished_model_len, result, settings)
+    if result is not None:
+        pin_rotary_factors(model, config.max_model_len)
+    engine = GenerateEngine(model, config) if result is None else Engine(model, config)
     # The length is checked where a prompt comes in; transformers would only warn of it.
     tokenizer.model_max_length = int(1e30)
     return LoadedModel(
@@ -159,22 +172,40 @@ def _load(found: FoundModel, settings: Settings) -> LoadedModel:
         vocab_size=_vocab_size(model),
         max_model_len=config.max_model_len,
         chat_template=_choose_template(found.name, tokenizer, settings),
+        continues_prompt=not model.config.is_encoder_decoder,
         device=device,
         dtype="int8" if is_int8 else str(model.dtype).removeprefix("torch."),
-        engine=AsyncEngine(Engine(model, config)),  # last: it has a thread, which nobody would end
+        engine=AsyncEngine(engine),  # last: it has a thread, which nobody would end
     )
+
+
+def try_out(name: str, model: PreTrainedModel, max_model_len: int) -> ProbeResult | None:
+    """What the engine has to know of `model`; None if it is not for batches, but runs alone.
+
+    Raises ModelLoadError if it does not run at all.
+    """
+    try:
+        require_fixed_positions(model.config.get_text_config(), max_model_len)
+        return probe(model)
+    except NotBatchableError as error:
+        probe_alone(model)
+        logger.warning("%s: %s Requests run one at a time.", name, error)
+        return None
 
 
 def _choose_config(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    kv_bytes_per_token: int,
+    wished_model_len: int,
+    result: ProbeResult | None,
     settings: Settings,
 ) -> EngineConfig:
-    num_cache_tokens = _kv_cache_bytes(settings, model.device.type) // kv_bytes_per_token
-    own_limit = _context_length(model.config, tokenizer)
+    num_cache_tokens = wished_model_len
+    if result is not None:  # else nobody knows what the model's own cache takes
+        memory = _kv_cache_bytes(settings, model.device.type)
+        num_cache_tokens = memory // result.kv_bytes_per_token
     return EngineConfig(
-        max_model_len=_choose_max_model_len(own_limit, num_cache_tokens, settings),
+        max_model_len=_fit_model_len(wished_model_len, num_cache_tokens, settings),
         eos_token_ids=find_eos_token_ids(model, tokenizer),
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
@@ -236,13 +267,16 @@ def _load_tokenizer(
 
 
 def _load_weights(folder: Path, settings: Settings, device: str) -> PreTrainedModel:
+    options = _source_options(settings)
+    config = AutoConfig.from_pretrained(folder, **options)
+    auto_model = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with _without_reports():
-        result: Any = AutoModelForCausalLM.from_pretrained(
+        result: Any = auto_model.from_pretrained(
             folder,
             dtype=_choose_dtype(settings, device),
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are reported below, by name
-            **_source_options(settings),
+            **options,
         )
     model, info = result
     _require_all_weights(folder, info)
@@ -325,23 +359,25 @@ def find_eos_token_ids(
 # How long a context may be
 
 
-def _context_length(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
-    """What the model was made for, in tokens."""
+def _wished_model_len(
+    config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, settings: Settings
+) -> int:
+    """Of what the model was made for, as much as is asked for, in tokens."""
     own = getattr(config.get_text_config(), "max_position_embeddings", None)
     # A tokenizer that knows no limit says so with an astronomical number.
     known = tokenizer.model_max_length if tokenizer.model_max_length < 1e9 else None
-    length = int(own or known or DEFAULT_MAX_MODEL_LEN)
-    if length < 2:
-        raise ValueError(f"a context of {length} tokens has no room for a prompt and a reply")
-    return length
+    asked = settings.max_model_len
+    limit = int(own or known or asked or DEFAULT_MAX_MODEL_LEN)
+    if limit < 2:
+        raise ValueError(f"a context of {limit} tokens has no room for a prompt and a reply")
+    return min(limit, asked or limit)
 
 
-def _choose_max_model_len(own_limit: int, num_cache_tokens: int, settings: Settings) -> int:
+def _fit_model_len(wished: int, num_cache_tokens: int, settings: Settings) -> int:
     """What is wished for, or what fits into memory.
 
     Raises ModelLoadError if it was asked for and does not fit, or if nothing does.
     """
-    wished = min(own_limit, settings.max_model_len or own_limit)
     if num_cache_tokens >= wished:
         return wished
     room = f"the keys and values of {num_cache_tokens} tokens fit into memory"
@@ -393,11 +429,8 @@ def pin_rotary_factors(model: PreTrainedModel, max_model_len: int) -> None:
 
     transformers chooses them by the longest sequence in the row. With `longrope` there are two sets
     for that: from here on one is used for all, the long one if a sequence may be so long.
-
-    Raises ModelLoadError where that is not possible: with `dynamic` they follow the length.
     """
     config = model.config.get_text_config()
-    _refuse_lengths(config, max_model_len)
     for rope in _rope_parameters(config):
         original = rope.get("original_max_position_embeddings")
         if rope.get("rope_type") != "longrope" or original is None:
@@ -422,7 +455,8 @@ def _refresh_rotary_modules(model: PreTrainedModel) -> None:
         rotary.long_inv_freq = frequencies
 
 
-def _refuse_lengths(config: PretrainedConfig, max_model_len: int) -> None:
+def require_fixed_positions(config: PretrainedConfig, max_model_len: int) -> None:
+    """Raises NotBatchableError if what a token sees may depend on how long its row is."""
     limits = [
         (
             rope.get("original_max_position_embeddings") or config.max_position_embeddings,
@@ -435,9 +469,9 @@ def _refuse_lengths(config: PretrainedConfig, max_model_len: int) -> None:
         limits.append((config.attention_chunk_size, "its attention goes by chunks from there on"))
     for limit, reason in limits:
         if max_model_len > limit:
-            raise ModelLoadError(
-                f"A {config.model_type} model cannot be served with more than {limit} tokens yet: "
-                f"{reason}. Start with --max-model-len {limit}."
+            raise NotBatchableError(
+                f'With more than {limit} tokens this kind of model ("{config.model_type}") cannot '
+                f"be batched: {reason}. With --max-model-len {limit} it is."
             )
 
 

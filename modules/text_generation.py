@@ -133,8 +133,9 @@ def _build_choices(
         for choice_index in range(request.num_choices):
             index = prompt_index * request.num_choices + choice_index
             request_id = f"{group_id}-{index}"
+            context = prompt_token_ids if model.continues_prompt else ()
             detokenizer = IncrementalDetokenizer(
-                model, prompt_token_ids, request.stop_strings, request.skip_special_tokens
+                model, context, request.stop_strings, request.skip_special_tokens
             )
             params = _derive_seed(request.params, choice_index)
             sequence = SequenceRequest(request_id, prompt_token_ids, params)

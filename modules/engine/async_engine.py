@@ -16,6 +16,7 @@ from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass, field
 
 from modules.engine.engine import Engine
+from modules.engine.generate_engine import GenerateEngine
 from modules.engine.outputs import TokenOutput
 from modules.engine.scheduler import ScheduledBatch
 from modules.engine.sequence import SequenceRequest
@@ -53,7 +54,7 @@ class _Stream:
 class AsyncEngine:
     """Starts its thread when made; `stop` ends it."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine | GenerateEngine) -> None:
         self._engine = engine
         self._commands: queue.SimpleQueue[_Add | _Abort | _Stop] = queue.SimpleQueue()
         self._streams: dict[str, _Stream] = {}

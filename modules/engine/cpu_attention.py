@@ -85,9 +85,7 @@ class CpuAttentionBatch:
         sinks: Tensor | None = None,
     ) -> Tensor:
         queries, keys, values = (_to_heads(tensor) for tensor in (query, key, value))
-        caches = self._attention.caches(
-            layer, 1, keys.num_heads, keys.head_dim, values.head_dim
-        )
+        caches = self._attention.caches(layer, 1, keys.num_heads, keys.head_dim, values.head_dim)
         key_cache, value_cache = (cache[0] for cache in caches)
         segments = self.segments(queries.num_heads // keys.num_heads)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -100,7 +98,8 @@ class CpuAttentionBatch:
         cpu_kernels.store(keys, values, segments, key_cache, value_cache)
         output = np.empty((len(query), queries.num_heads * values.head_dim), np.float32)
         cpu_kernels.attend(queries, segments, masking, key_cache, value_cache, output)
-        return torch.from_numpy(output).unflatten(1, (queries.num_heads, -1)).to(query.dtype)
+        result: Tensor = torch.from_numpy(output).view(len(query), queries.num_heads, -1)
+        return result.to(query.dtype)
 
     def segments(self, group: int) -> cpu_kernels.Segments:
         """`group`: heads that share keys; they decide how many tokens make a tile."""

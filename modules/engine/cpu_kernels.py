@@ -185,7 +185,7 @@ def make_int8_tile(unit: VectorUnit) -> Callable[..., None]:
                 value = builder.fmul(builder.fmul(value, a_scale), b_scale)
                 emit.store(value, start, _LONG(vector * size))
 
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def tile(
         typing: Any,
         num_rows: Any,
@@ -203,7 +203,7 @@ def make_int8_tile(unit: VectorUnit) -> Callable[..., None]:
             num_rows, a, a_stride, b, num_quads, offsets, a_scales, b_scales, out, out_stride
         ), _switch(unit.rows, emit_rows)
 
-    return tile  # type: ignore[no-any-return]
+    return tile
 
 
 def make_float_tile(unit: VectorUnit, vectors: int) -> Callable[..., None]:
@@ -245,7 +245,7 @@ def make_float_tile(unit: VectorUnit, vectors: int) -> Callable[..., None]:
             for vector in range(vectors):
                 emit.store(sums[row * vectors + vector], start, _LONG(vector * size))
 
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def tile(
         typing: Any,
         num_rows: Any,
@@ -262,7 +262,7 @@ def make_float_tile(unit: VectorUnit, vectors: int) -> Callable[..., None]:
             num_rows, a, a_stride, b, b_stride, num_steps, factors, out, out_stride
         ), _switch(unit.rows, emit_rows)
 
-    return tile  # type: ignore[no-any-return]
+    return tile
 
 
 def _switch(most_rows: int, emit_rows: Callable[[Any, int, Any], None]) -> Callable[..., Any]:
@@ -278,7 +278,7 @@ def _switch(most_rows: int, emit_rows: Callable[[Any, int, Any], None]) -> Calla
     return generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _as_float(typing: Any, bits: Any) -> Any:
     """The float32 with these 32 bits."""
 
@@ -305,7 +305,8 @@ def _exp2(x: Any) -> Any:
     power = _SERIES[7]
     for term in (6, 5, 4, 3, 2, 1, 0):
         power = power * rest + _SERIES[term]
-    return power * _as_float((np.int32(whole) + np.int32(127)) << np.int32(23))
+    bits = (np.int32(whole) + np.int32(127)) << np.int32(23)
+    return power * _as_float(bits)  # type: ignore[call-arg]
 
 
 NO_SINKS = np.zeros(0, np.float32)
@@ -314,7 +315,7 @@ NO_SINKS = np.zeros(0, np.float32)
 # Int8 products
 
 
-@njit(parallel=True, fastmath=True, cache=True)
+@njit(parallel=True, cache=True)  # no fastmath: it would round tiles of other heights otherwise
 def multiply(
     levels: Any, scales: Any, weight: Any, weight_scales: Any, weight_offsets: Any, out: Any
 ) -> None:
@@ -393,7 +394,7 @@ def quantize_gated(gate_up: Any, mixed_size: Any, gated: Any, levels: Any, scale
 
 @njit(fastmath=True)
 def _mix(x: Any, size: Any) -> None:
-    """Multiply by the blocks Hadamard(size / 16) ⊗ I(16): sums and differences, vector by vector."""
+    """Multiply by blocks Hadamard(size / 16) ⊗ I(16): sums and differences, vector by vector."""
     width = MIXED_TOGETHER
     while width < size:
         for start in range(0, x.shape[0], 2 * width):
@@ -580,14 +581,28 @@ def _multiply_floats(a: Any, b: Any, num_steps: Any, factors: Any, out: Any) -> 
         column = 0
         while column + _TILE_COLUMNS <= num_columns:
             _float_tile(
-                count, a_at, a.shape[1], b.ctypes.data + column * 4, num_columns, num_steps,
-                factors_at, out.ctypes.data + (row * num_columns + column) * 4, num_columns,
+                count,
+                a_at,
+                a.shape[1],
+                b.ctypes.data + column * 4,
+                num_columns,
+                num_steps,
+                factors_at,
+                out.ctypes.data + (row * num_columns + column) * 4,
+                num_columns,
             )
             column += _TILE_COLUMNS
         while column < num_columns:
             _narrow_float_tile(
-                count, a_at, a.shape[1], b.ctypes.data + column * 4, num_columns, num_steps,
-                factors_at, out.ctypes.data + (row * num_columns + column) * 4, num_columns,
+                count,
+                a_at,
+                a.shape[1],
+                b.ctypes.data + column * 4,
+                num_columns,
+                num_steps,
+                factors_at,
+                out.ctypes.data + (row * num_columns + column) * 4,
+                num_columns,
             )
             column += _LANES
 

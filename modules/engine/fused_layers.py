@@ -77,7 +77,10 @@ class Int8Layers(nn.Module):
         gate_up = Int8Weights(len(layers), 2 * num_gated, hidden_size)
         down = Int8Weights(len(layers), hidden_size, num_gated)
         self._weights = cpu_kernels.LayerWeights(
-            *(weights.matrices for weights in (qkv, output, gate_up, down)),
+            qkv.matrices,
+            output.matrices,
+            gate_up.matrices,
+            down.matrices,
             biases=_stack_biases(layers, qkv.matrices.scales[0].size),
             epsilons=np.array([_epsilons(layer) for layer in layers], np.float32),
             windows=np.array([_sliding_window(layer) or 0 for layer in layers], np.int64),
@@ -152,7 +155,8 @@ def _rotate_weights(
 
 
 def _fold(weight: Tensor, norm: Any) -> Tensor:
-    return weight.detach().float() * norm.weight.detach().float()
+    norm_weight: Tensor = norm.weight
+    return weight.detach().float() * norm_weight.detach().float()
 
 
 def _mixed_size(num_inputs: int) -> int:
@@ -166,7 +170,8 @@ def _mix_inputs(weight: Tensor, mixed_size: int) -> Tensor:
     if count < 2:
         return weight
     parts = weight.unflatten(1, (-1, count, cpu_kernels.MIXED_TOGETHER))
-    return (hadamard(count) @ parts / count).flatten(1)
+    mixed: Tensor = hadamard(count) @ parts / count
+    return mixed.flatten(1)
 
 
 def _stack_biases(layers: nn.ModuleList, num_columns: int) -> NDArray[np.float32]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 
+import numba
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -14,10 +15,8 @@ from modules.engine.sampler import sample
 from modules.engine.scheduler import SampledToken, ScheduledBatch
 from modules.engine.torch_attention import TorchAttention
 
-# One core is left to whoever sends the tokens out: decoding gains little from the last one, and
-# loses much when its threads wait for each other. The same number in every step: it decides how
-# attention is rounded, and so a sequence's tokens would depend on its company.
-NUM_THREADS = max(1, torch.get_num_threads() - 1)
+# Of the compiled functions; torch has as many.
+NUM_THREADS = torch.get_num_threads()
 
 
 def can_batch(model: PreTrainedModel) -> bool:
@@ -42,6 +41,7 @@ class ModelRunner:
         """Read the batch's tokens; a sampled token for each of `batch.sampled`, in order."""
         if self._device.type == "cpu":
             torch.set_num_threads(NUM_THREADS)
+            numba.set_num_threads(NUM_THREADS)
         logits = self._forward(batch)
         if not batch.sampled:
             return []

@@ -1,4 +1,5 @@
-"""The probe: does this model say in packed batches what it says on its own? Run once, at load.
+"""The probe: does this model say in packed batches what it says on its own, and if it does not, can
+it be served on its own? Run once, at load.
 
 Families differ in ways that no attribute of theirs tells: state outside the keys and values, masks
 that only their own attention sees, arguments that get lost on the way. Nothing would fail then, the
@@ -20,16 +21,21 @@ from transformers import PreTrainedModel
 
 from modules.engine.attention import AttentionBatch, PagedAttention, Segment
 from modules.engine.cache_manager import BLOCK_SIZE
+from modules.engine.engine import EngineConfig
+from modules.engine.generate_engine import GenerateEngine
 from modules.engine.model_runner import ModelRunner, can_batch
+from modules.engine.sampling_params import SamplingParams
 from modules.engine.scheduler import ScheduledBatch, ScheduledSequence
 from modules.engine.sequence import Sequence, SequenceRequest
-from modules.errors import ModelLoadError
+from modules.errors import ModelLoadError, NotBatchableError
 
 # How far the two sequences have been read after each step. Then the first one reads another chunk,
 # the second one a single token beside it.
 STEPS = ((17, 11), (28, 12))
 # In tokens: what the prompts outgrow.
 WINDOW = 10
+# By a model alone: the first one is what follows the prompt, then it reads what it has said.
+NUM_GENERATED_TOKENS = 3
 # Of the logits' length as a vector. Both ways add the same numbers in another order: in float32
 # that makes 1e-6 to 1e-4. The others round each layer's result to 8 or 11 bits, which makes up to
 # a few per cent in a deep model. A mask or a state that is wrong makes tens of per cent.
@@ -61,18 +67,37 @@ def probe(model: PreTrainedModel) -> ProbeResult:
 
     It has the engine's attention from then on.
 
-    Raises ModelLoadError if the results differ, or if the model cannot do it at all.
+    Raises NotBatchableError if the results differ, or if the model cannot do it at all; then it has
+    its own attention as before.
     """
     if not can_batch(model):
-        raise _refusal(model, "its attention cannot be exchanged")
+        raise _refusal(model, "it is no decoder whose attention can be exchanged")
+    own_attention = model.config._attn_implementation
     model.eval()
     try:
         with torch.inference_mode(), _short_windows(model):
             return _compare(model)
     except torch.OutOfMemoryError:
         raise  # says nothing about the model
-    except _FAULTS as error:
+    except (NotBatchableError, *_FAULTS) as error:
+        model.set_attn_implementation(own_attention)
+        if isinstance(error, NotBatchableError):
+            raise
         raise _refusal(model, f"{type(error).__name__} in a trial run") from error
+
+
+def probe_alone(model: PreTrainedModel) -> None:
+    """Let `model` generate by itself. Raises ModelLoadError if what it says is of no use."""
+    model.eval()
+    try:
+        is_causal = _is_causal(model)
+        _generate(model)
+    except torch.OutOfMemoryError:
+        raise
+    except _FAULTS as error:
+        raise _refusal_alone(model, f"{type(error).__name__} in a trial run") from error
+    if not is_causal:
+        raise _refusal_alone(model, "it generates no text, as every token looks at those after it")
 
 
 def _compare(model: PreTrainedModel) -> ProbeResult:
@@ -82,7 +107,7 @@ def _compare(model: PreTrainedModel) -> ProbeResult:
     model.set_attn_implementation("eager")
     own = [model(input_ids=prompt, use_cache=False).logits[0].float() for prompt in prompts]
     runner = _ProbedRunner(model)
-    tolerance = TOLERANCES.get(model.dtype, TOLERANCE_OF_HALVES)
+    tolerance = _tolerance(model)
     for batch in _batches(prompts):
         packed = runner.logits(batch)
         expected = torch.stack([own[item.block_table[0]][item.end - 1] for item in batch.items])
@@ -91,6 +116,26 @@ def _compare(model: PreTrainedModel) -> ProbeResult:
         if not runner.ledger.is_complete(batch, model.config.get_text_config().num_hidden_layers):
             raise _refusal(model, "it does not keep keys and values once per token and layer")
     return ProbeResult(runner.ledger.num_bytes_per_token)
+
+
+@torch.inference_mode()
+def _is_causal(model: PreTrainedModel) -> bool:
+    """Whether the last token changes nothing before it, as it would in an encoder."""
+    if model.config.is_encoder_decoder:
+        return True  # its decoder is
+    prompt = _prompts(model)[0]
+    whole, part = (model(input_ids=ids).logits[0].float() for ids in (prompt, prompt[:, :-1]))
+    return _distance(part, whole[:-1]) <= _tolerance(model)
+
+
+def _generate(model: PreTrainedModel) -> None:
+    prompt = tuple(_prompts(model)[0][0].tolist())
+    length = 2 * len(prompt)
+    engine = GenerateEngine(model, EngineConfig(max_model_len=length, num_cache_tokens=length))
+    params = SamplingParams(temperature=0.0, max_tokens=NUM_GENERATED_TOKENS)
+    engine.add(SequenceRequest("probe", prompt, params))
+    while engine.has_unfinished:
+        engine.step()
 
 
 @contextmanager
@@ -198,6 +243,15 @@ def _distance(logits: Tensor, expected: Tensor) -> float:
     return float(((logits - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
 
 
-def _refusal(model: PreTrainedModel, reason: str) -> ModelLoadError:
+def _tolerance(model: PreTrainedModel) -> float:
+    return TOLERANCES.get(model.dtype, TOLERANCE_OF_HALVES)
+
+
+def _refusal(model: PreTrainedModel, reason: str) -> NotBatchableError:
     kind = model.config.model_type
-    return ModelLoadError(f'This kind of model ("{kind}") cannot be served yet: {reason}.')
+    return NotBatchableError(f'This kind of model ("{kind}") cannot be batched: {reason}.')
+
+
+def _refusal_alone(model: PreTrainedModel, reason: str) -> ModelLoadError:
+    kind = model.config.model_type
+    return ModelLoadError(f'This kind of model ("{kind}") cannot be served: {reason}.')

@@ -7,6 +7,7 @@ is exact: what else is in the batch cannot change a row's result.
 from __future__ import annotations
 
 import math
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -78,7 +79,8 @@ class Rotation:
     def apply(self, x: Tensor) -> Tensor:
         """x R, for x [..., size], float32."""
         blocks = (x * self._signs).unflatten(-1, (len(self._odd), len(self._hadamard)))
-        return (self._odd.t() @ (blocks @ self._hadamard)).flatten(-2)
+        mixed: Tensor = self._odd.t() @ (blocks @ self._hadamard)
+        return mixed.flatten(-2)
 
 
 def hadamard(size: int) -> Tensor:

@@ -180,18 +180,9 @@ class Scheduler:
 
     def _append(self, seq: Sequence, token: SampledToken) -> TokenOutput:
         seq.append(token.token_id)
-        reason = self._finish_reason(seq, token.token_id)
+        reason = seq.find_finish_reason(self._eos_token_ids)
         if reason is not None:
             self.finish(seq, reason)
         return TokenOutput(
             seq.request_id, token.token_id, reason, seq.num_cached_tokens or 0, token.logprob
         )
-
-    def _finish_reason(self, seq: Sequence, token_id: int) -> FinishReason | None:
-        if token_id in seq.params.stop_token_ids:
-            return FinishReason.STOP
-        if token_id in self._eos_token_ids and not seq.params.ignore_eos:
-            return FinishReason.STOP
-        if seq.num_output_tokens >= seq.max_tokens:
-            return FinishReason.LENGTH
-        return None

@@ -54,6 +54,17 @@ class Sequence:
         self.token_ids.append(token_id)
         self.output_counts[token_id] += 1
 
+    def find_finish_reason(self, eos_token_ids: frozenset[int]) -> FinishReason | None:
+        """Why the last token ends the sequence; None if it does not."""
+        token_id = self.token_ids[-1]
+        if token_id in self.params.stop_token_ids:
+            return FinishReason.STOP
+        if token_id in eos_token_ids and not self.params.ignore_eos:
+            return FinishReason.STOP
+        if self.num_output_tokens >= self.max_tokens:
+            return FinishReason.LENGTH
+        return None
+
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     Gemma2Config,
     GptOssConfig,
     LlamaConfig,
@@ -18,6 +19,7 @@ from transformers import (
 )
 
 from modules.engine.engine import Engine, EngineConfig
+from modules.engine.generate_engine import GenerateEngine
 from modules.engine.outputs import TokenOutput
 from modules.engine.sampling_params import SamplingParams
 from modules.engine.sequence import SequenceRequest
@@ -40,7 +42,11 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**SHAPE),
     "mistral-sliding": MistralConfig(**SHAPE, sliding_window=24),
     "gemma2-softcap-sliding": Gemma2Config(
-        **SHAPE, sliding_window=24, attn_logit_softcapping=5.0, attn_implementation="eager"
+        **SHAPE,
+        sliding_window=24,
+        attn_logit_softcapping=5.0,
+        tie_word_embeddings=False,  # tied, it says one token again and again
+        attn_implementation="eager",
     ),
     "gpt-oss-sinks-sliding": GptOssConfig(
         **SHAPE,
@@ -55,12 +61,15 @@ CONFIGS: dict[str, PretrainedConfig] = {
 
 def build_model(name: str, configs: dict[str, PretrainedConfig] = CONFIGS) -> PreTrainedModel:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(configs[name])
+    config = copy.deepcopy(configs[name])  # a model changes its own
+    auto_model = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model = auto_model.from_config(config)
     with torch.no_grad():  # the default initialisation is so small that every logit is a near-tie
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(8)
     model.generation_config.eos_token_id = None
+    model.generation_config.forced_eos_token_id = None
     return model.eval()
 
 
@@ -87,13 +96,14 @@ def request(name: str, prompt: list[int], **params: object) -> SequenceRequest:
     return SequenceRequest(name, tuple(prompt), SamplingParams(**wishes))  # type: ignore[arg-type]
 
 
-def run(engine: Engine) -> dict[str, list[TokenOutput]]:
+def run(engine: Engine | GenerateEngine) -> dict[str, list[TokenOutput]]:
     """Step until nothing is left; the outputs of each request, in order."""
     outputs: dict[str, list[TokenOutput]] = {}
     while engine.has_unfinished:
         for output in engine.step():
             outputs.setdefault(output.request_id, []).append(output)
-        engine.cache_manager.check_integrity()
+        if isinstance(engine, Engine):
+            engine.cache_manager.check_integrity()
     return outputs
 
 

@@ -24,7 +24,8 @@ def generate(model: PreTrainedModel, prompt: list[int], **options: object) -> li
     ids = torch.tensor([prompt])
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, **options}
     output = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
-    return output[0, len(prompt) :].tolist()
+    start = 1 if model.config.is_encoder_decoder else len(prompt)
+    return output[0, start:].tolist()
 
 
 @pytest.mark.parametrize("name", CONFIGS)

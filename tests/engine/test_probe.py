@@ -1,4 +1,4 @@
-"""The probe: it lets through what a batch cannot change, and refuses the rest."""
+"""The probe: it lets through what a batch cannot change, and says what can run alone."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from modules.engine.probe import probe
-from modules.errors import ModelLoadError
+from modules.engine.probe import probe, probe_alone
+from modules.errors import ModelLoadError, NotBatchableError
 from tests.engine import conftest
 from tests.engine.conftest import CONFIGS, SHAPE
 
@@ -52,7 +52,8 @@ def test_windows_are_as_long_as_before() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_smaller_type_may_round(dtype: torch.dtype) -> None:
     model = build_model("llama").to(dtype)
-    assert probe(model).kv_bytes_per_token == NUM_LAYERS * 2 * 2 * 16 * 2
+    # Keys and values are float32 on the CPU.
+    assert probe(model).kv_bytes_per_token == NUM_LAYERS * 2 * 2 * 16 * 4
 
 
 def test_measures_heads_that_the_configuration_does_not_tell() -> None:
@@ -109,8 +110,28 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("model_type", REFUSED)
 def test_refuses_what_a_batch_would_change(model_type: str) -> None:
     overrides, _ = REFUSED[model_type]
-    with pytest.raises(ModelLoadError, match=f'"{model_type}".*cannot be served yet') as error:
-        probe(build(model_type, **overrides))
+    model = build(model_type, **overrides)
+    attention = model.config._attn_implementation
+    with pytest.raises(NotBatchableError, match=f'"{model_type}".*cannot be batched') as error:
+        probe(model)
+    assert "\n" not in str(error.value)
+    assert model.config._attn_implementation == attention
+
+
+def test_an_encoder_is_of_no_use_alone_either() -> None:
+    with pytest.raises(ModelLoadError, match=r'"bert".*cannot be served: it generates no text'):
+        probe_alone(build("bert"))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [(lambda logits: logits * torch.nan, "FloatingPointError"), (lambda logits: 1 / 0, "Zero")],
+)
+def test_what_does_not_run_alone_is_refused(change: Callable[[Any], Any], reason: str) -> None:
+    model = build("mamba", state_size=8)
+    patch_forward(model.lm_head, change)
+    with pytest.raises(ModelLoadError, match=rf'"mamba".*cannot be served: {reason}') as error:
+        probe_alone(model)
     assert "\n" not in str(error.value)
 
 
@@ -130,21 +151,21 @@ def test_a_small_difference_is_one_in_float32() -> None:
         return logits + 0.01 * len(calls) * wave
 
     patch_forward(model.lm_head, change)
-    with pytest.raises(ModelLoadError, match="its results would be wrong"):
+    with pytest.raises(NotBatchableError, match="its results would be wrong"):
         probe(model)
 
 
 def test_results_that_are_no_numbers_are_refused() -> None:
     model = build_model("llama")
     patch_forward(model.lm_head, lambda logits: logits * torch.nan)
-    with pytest.raises(ModelLoadError, match="its results would be wrong"):
+    with pytest.raises(NotBatchableError, match="its results would be wrong"):
         probe(model)
 
 
 def test_a_layer_without_keys_and_values_is_refused() -> None:
     model = build_model("llama")
     model.config.num_hidden_layers = NUM_LAYERS + 1
-    with pytest.raises(ModelLoadError, match="once per token and layer"):
+    with pytest.raises(NotBatchableError, match="once per token and layer"):
         probe(model)
 
 
@@ -155,8 +176,9 @@ def test_too_little_memory_is_not_blamed_on_the_kind_of_model() -> None:
         raise torch.OutOfMemoryError("no memory")
 
     patch_forward(model.lm_head, fail)
-    with pytest.raises(torch.OutOfMemoryError):
-        probe(model)
+    for try_out in (probe, probe_alone):
+        with pytest.raises(torch.OutOfMemoryError):
+            try_out(model)
 
 
 def test_a_model_with_random_state_gets_the_same_prompts_each_time() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import json
 import logging
@@ -9,7 +10,8 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,30 +24,43 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
+from tokenizers import Tokenizer
+from tokenizers.decoders import Metaspace
+from tokenizers.models import WordLevel
 from transformers import (
     BertConfig,
+    BertForMaskedLM,
     BertModel,
     GenerationConfig,
+    MambaConfig,
     Phi3Config,
     PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
+    T5Config,
 )
 
 from modules import model_files
 from modules.engine.engine import Engine, EngineConfig
+from modules.engine.outputs import FinishReason
+from modules.engine.sampling_params import SamplingParams
 from modules.errors import ModelError, ModelLoadError, ModelNotFoundError
 from modules.model_files import find_model, how_to_get_bundled, list_models
 from modules.models import (
+    LoadedModel,
     ModelManager,
     available_memory,
     find_eos_token_ids,
     load_model,
     pin_rotary_factors,
+    try_out,
 )
 from modules.settings import PROJECT_ROOT, Settings
+from modules.text_generation import TextRequest, generate
+from tests import fakes
 from tests.engine import conftest
-from tests.engine.conftest import CONFIGS, SHAPE, request, run, token_ids
-from tests.fakes import build_tokenizer
+from tests.engine.conftest import CONFIGS, SHAPE, VOCAB_SIZE, request, run, token_ids
+from tests.fakes import FakeEngine, build_tokenizer
 
 NUM_LAYERS = CONFIGS["llama"].num_hidden_layers
 KV_BYTES = NUM_LAYERS * 2 * 2 * 16 * 4  # of a token: keys and values, 2 heads of 16, float32
@@ -474,16 +489,22 @@ def test_a_damaged_model_is_one_line(
     assert "tiny" in one_line(error)
 
 
-def test_an_encoder_is_refused(model_dir: Path) -> None:
+@pytest.mark.parametrize(
+    ("encoder", "message"), [(BertModel, "lacks"), (BertForMaskedLM, "it generates no text")]
+)
+def test_an_encoder_is_refused(
+    model_dir: Path, encoder: type[PreTrainedModel], message: str
+) -> None:
     config = BertConfig(
         vocab_size=300,
         hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,
         intermediate_size=64,
+        initializer_range=0.5,
     )
-    save(model_dir / "encoder", BertModel(config))
-    with pytest.raises(ModelLoadError, match="lacks"):
+    save(model_dir / "encoder", encoder(config))
+    with pytest.raises(ModelLoadError, match=message):
         load_model("encoder", make_settings(model_dir))
 
 
@@ -649,23 +670,131 @@ def test_the_factors_are_those_of_the_longest_sequence(max_model_len: int, used:
         assert torch.equal(frequencies(model, length), expected)
 
 
-def test_positions_that_follow_the_length_are_refused() -> None:
+def dynamic_rope() -> PreTrainedModel:
     rope = {
         "rope_type": "dynamic",
         "rope_theta": 10000.0,
         "factor": 4.0,
         "original_max_position_embeddings": 128,
     }
-    model = build_model("llama", {"llama": type(CONFIGS["llama"])(**SHAPE, rope_parameters=rope)})
-    pin_rotary_factors(model, 128)
-    with pytest.raises(ModelLoadError, match=r"more than 128 tokens yet.*--max-model-len 128"):
-        pin_rotary_factors(model, 129)
+    return build_model("llama", {"llama": type(CONFIGS["llama"])(**SHAPE, rope_parameters=rope)})
 
 
-def test_attention_by_chunks_is_refused_beyond_the_first() -> None:
+def chunked_attention() -> PreTrainedModel:
     model = build_model("llama")
-    model.config.attention_chunk_size = 32
+    model.config.attention_chunk_size = 128
     model.config.layer_types = ["chunked_attention"] * NUM_LAYERS
-    pin_rotary_factors(model, 32)
-    with pytest.raises(ModelLoadError, match="--max-model-len 32"):
-        pin_rotary_factors(model, 33)
+    return model
+
+
+@pytest.mark.parametrize("build", [dynamic_rope, chunked_attention])
+def test_what_depends_on_the_length_of_the_row_is_not_batched(
+    build: Callable[[], PreTrainedModel], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert try_out("tiny", build(), 128) is not None
+    assert "one at a time" not in caplog.text
+    assert try_out("tiny", build(), 129) is None
+    assert "With --max-model-len 128 it is. Requests run one at a time." in caplog.text
+
+
+# What cannot be batched
+
+
+def build_mamba() -> PreTrainedModel:
+    config = MambaConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=64, state_size=8, num_hidden_layers=2, eos_token_id=258
+    )
+    return build_model("mamba", {"mamba": config})
+
+
+def build_t5() -> PreTrainedModel:
+    config = T5Config(
+        vocab_size=VOCAB_SIZE,
+        d_model=64,
+        d_kv=16,
+        d_ff=96,
+        num_layers=2,
+        num_heads=4,
+        eos_token_id=258,
+        decoder_start_token_id=0,
+    )
+    return build_model("t5", {"t5": config})
+
+
+def ask(
+    model: LoadedModel, *prompts: str | tuple[int, ...], **params: Any
+) -> tuple[list[str], int]:
+    """Replies to all prompts at once, and in how many pieces they came."""
+
+    async def collect() -> tuple[list[str], int]:
+        wishes = SamplingParams(**{"max_tokens": 8, "ignore_eos": True, **params})
+        request = TextRequest(prompts=prompts, params=wishes)
+        generation = await generate(model, request)
+        replies, num_pieces = [""] * len(prompts), 0
+        async for delta in generation.deltas:
+            replies[delta.index] += delta.text
+            num_pieces += 1
+        return replies, num_pieces
+
+    return asyncio.run(collect())
+
+
+@pytest.mark.parametrize("build", [build_mamba, build_t5])
+def test_a_model_that_cannot_be_batched_answers_all_the_same(
+    model_dir: Path,
+    build: Callable[[], PreTrainedModel],
+    caplog: pytest.LogCaptureFixture,
+    no_threads_left: None,
+) -> None:
+    save(model_dir / "odd", build())
+    manager = ModelManager(make_settings(model_dir))
+    with caplog.at_level(logging.WARNING):
+        model = manager.load("odd")
+    (warning,) = [r for r in caplog.records if r.name == "modules.models"]
+    assert warning.getMessage().startswith("odd: This kind of model")
+    assert warning.getMessage().endswith("exchanged. Requests run one at a time.")
+    assert (model.dtype, model.max_model_len) == ("float32", 2048)
+    assert model.continues_prompt == (build is build_mamba)
+
+    prompts = ("one", "a longer one", "two")
+    together, num_pieces = ask(model, *prompts, seed=5)
+    assert num_pieces > 2 * len(prompts)
+    assert together == [ask(model, prompt, seed=5)[0][0] for prompt in prompts]
+    manager.unload()
+
+
+def test_int8_is_only_for_what_is_batched(model_dir: Path, no_threads_left: None) -> None:
+    save(model_dir / "dynamic", dynamic_rope())
+    with pytest.raises(ModelLoadError, match="int8: its layers are not known"):
+        load_model("dynamic", make_settings(model_dir, dtype="int8"))
+
+
+def test_without_a_limit_of_its_own_a_model_has_the_context_that_is_asked_for(
+    model_dir: Path,
+) -> None:
+    save(model_dir / "mamba", build_mamba())
+    manager = ModelManager(make_settings(model_dir, max_model_len=5000))
+    assert manager.load("mamba").max_model_len == 5000
+    manager.unload()
+
+
+def test_trying_a_model_leaves_the_tokens_that_end_its_replies() -> None:
+    model = build_mamba()
+    model.generation_config.eos_token_id = [7, 8]
+    try_out("mamba", model, 100)
+    assert find_eos_token_ids(model, build_tokenizer()) == {7, 8, 258}
+
+
+@pytest.mark.parametrize(("continues_prompt", "text"), [(True, " b"), (False, "b")])
+def test_only_a_continuation_begins_with_the_space_of_its_word(
+    continues_prompt: bool, text: str
+) -> None:
+    words = Tokenizer(WordLevel({"\u2581a": 0, "\u2581b": 1}, unk_token="\u2581a"))
+    words.decoder = Metaspace()
+    engine = FakeEngine()
+    engine.enqueue((1,), finish_reason=FinishReason.LENGTH)
+    model = replace(
+        fakes.build_model(engine, PreTrainedTokenizerFast(tokenizer_object=words)),
+        continues_prompt=continues_prompt,
+    )
+    assert ask(model, (0,))[0] == [text]
