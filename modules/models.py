@@ -35,7 +35,7 @@ from modules.engine.cache_manager import BLOCK_SIZE
 from modules.engine.engine import Engine, EngineConfig
 from modules.engine.fused_layers import quantize_model
 from modules.engine.generate_engine import GenerateEngine
-from modules.engine.probe import ProbeResult, probe, probe_alone
+from modules.engine.probe import count_kv_bytes, probe, probe_alone
 from modules.errors import (
     ModelLoadError,
     NoModelLoadedError,
@@ -155,15 +155,15 @@ def _load(found: FoundModel, settings: Settings) -> LoadedModel:
     tokenizer = _load_tokenizer(folder, settings, is_converted=folder != found.path)
     model = _load_weights(folder, settings, device)
     wished_model_len = _wished_model_len(model.config, tokenizer, settings)
-    result = try_out(found.name, model, wished_model_len)
+    is_batched = try_out(found.name, model, wished_model_len)
     # After the probe, which compares with the model's own layers.
-    is_int8 = result is not None and _wants_int8(settings, device) and quantize_model(model)
+    is_int8 = is_batched and _wants_int8(settings, device) and quantize_model(model)
     if settings.dtype == "int8" and not is_int8:
         raise ModelLoadError(f"{found.name} cannot be loaded in int8: {_why_not_int8(device)}.")
-    config = _choose_config(model, tokenizer, wished_model_len, result, settings)
-    if result is not None:
+    config = _choose_config(model, tokenizer, wished_model_len, is_batched, settings)
+    if is_batched:
         pin_rotary_factors(model, config.max_model_len)
-    engine = GenerateEngine(model, config) if result is None else Engine(model, config)
+    engine = Engine(model, config) if is_batched else GenerateEngine(model, config)
     # The length is checked where a prompt comes in; transformers would only warn of it.
     tokenizer.model_max_length = int(1e30)
     return LoadedModel(
@@ -179,31 +179,32 @@ def _load(found: FoundModel, settings: Settings) -> LoadedModel:
     )
 
 
-def try_out(name: str, model: PreTrainedModel, max_model_len: int) -> ProbeResult | None:
-    """What the engine has to know of `model`; None if it is not for batches, but runs alone.
+def try_out(name: str, model: PreTrainedModel, max_model_len: int) -> bool:
+    """Whether `model` is for batches; if not, it runs alone.
 
     Raises ModelLoadError if it does not run at all.
     """
     try:
         require_fixed_positions(model.config.get_text_config(), max_model_len)
-        return probe(model)
+        probe(model)
     except NotBatchableError as error:
         probe_alone(model)
         logger.warning("%s: %s Requests run one at a time.", name, error)
-        return None
+        return False
+    return True
 
 
 def _choose_config(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     wished_model_len: int,
-    result: ProbeResult | None,
+    is_batched: bool,
     settings: Settings,
 ) -> EngineConfig:
     num_cache_tokens = wished_model_len
-    if result is not None:  # else nobody knows what the model's own cache takes
+    if is_batched:  # else nobody knows what the model's own cache takes
         memory = _kv_cache_bytes(settings, model.device.type)
-        num_cache_tokens = memory // result.kv_bytes_per_token
+        num_cache_tokens = memory // count_kv_bytes(model)
     return EngineConfig(
         max_model_len=_fit_model_len(wished_model_len, num_cache_tokens, settings),
         eos_token_ids=find_eos_token_ids(model, tokenizer),

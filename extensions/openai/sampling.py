@@ -24,6 +24,7 @@ def to_sampling_params(
         seed=None if options.seed == -1 else options.seed % 2**64,
         stop_token_ids=tuple(options.stop_token_ids),
         ignore_eos=options.ban_eos_token or options.ignore_eos,
+        prompt_lookup_num_tokens=options.prompt_lookup_num_tokens,
         logprobs=logprobs,
     )
 

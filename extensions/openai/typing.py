@@ -264,6 +264,11 @@ class GenerationOptions(WireModel):
         default=1024,
         description="How many of the last tokens `repetition_penalty` looks at. 0: all.",
     )
+    prompt_lookup_num_tokens: Count = Field(
+        default=0,
+        description="Guess up to this many tokens at a time from what has been said before. It "
+        "changes no answer, and is faster where answers repeat their prompts. 0: off.",
+    )
     do_sample: bool = Field(
         default=True,
         description="false: always take the most probable token, as with temperature 0.",

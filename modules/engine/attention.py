@@ -18,7 +18,10 @@ ATTENTION_NAME = "packed_blocks"
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Positions [start, end) of one sequence; its first token is at `offset` of the row."""
+    """Positions [start, end) of one sequence; its first token is at `offset` of the row.
+
+    A sequence may have several in a batch, one after the other: each sees those before it.
+    """
 
     block_table: tuple[int, ...]
     """Where its keys and values are, from position 0 on."""

@@ -77,7 +77,7 @@ class CacheManager:
     def can_allocate(self, seq: Sequence, prefix: Prefix) -> bool:
         """Whether there is room for all tokens of `seq`, which holds nothing yet."""
         num_reclaimed = sum(self._num_references[block] == 0 for block in prefix.blocks)
-        num_new = self._num_needed_blocks(seq) - len(prefix.blocks)
+        num_new = self._num_needed_blocks(len(seq.token_ids)) - len(prefix.blocks)
         return num_new <= self.num_free_blocks - num_reclaimed
 
     def allocate(self, seq: Sequence, prefix: Prefix) -> int:
@@ -92,12 +92,13 @@ class CacheManager:
         self.append(seq)
         return len(prefix.blocks) * self.block_size
 
-    def can_append(self, seq: Sequence) -> bool:
-        return self._num_missing_blocks(seq) <= self.num_free_blocks
+    def can_append(self, seq: Sequence, num_more: int = 0) -> bool:
+        """Whether there is room for all tokens of `seq`, and for as many more."""
+        return self._num_missing_blocks(seq, num_more) <= self.num_free_blocks
 
-    def append(self, seq: Sequence) -> None:
-        """Make room for all tokens of `seq`; `can_append` must hold."""
-        for _ in range(self._num_missing_blocks(seq)):
+    def append(self, seq: Sequence, num_more: int = 0) -> None:
+        """Make that room; `can_append` must hold."""
+        for _ in range(self._num_missing_blocks(seq, num_more)):
             if not self._free:
                 self._forget_oldest()
             block = self._free.pop()
@@ -178,8 +179,9 @@ class CacheManager:
         del self._blocks[content]
         self._free.append(block)
 
-    def _num_needed_blocks(self, seq: Sequence) -> int:
-        return -(-len(seq.token_ids) // self.block_size)
+    def _num_needed_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
 
-    def _num_missing_blocks(self, seq: Sequence) -> int:
-        return max(0, self._num_needed_blocks(seq) - len(seq.block_table))
+    def _num_missing_blocks(self, seq: Sequence, num_more: int) -> int:
+        num_needed = self._num_needed_blocks(len(seq.token_ids) + num_more)
+        return max(0, num_needed - len(seq.block_table))

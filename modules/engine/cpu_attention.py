@@ -5,6 +5,8 @@ A row's attention is rounded in the same way alone or in company, in one chunk o
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -13,20 +15,20 @@ from torch import Tensor
 from modules.engine import cpu_kernels
 from modules.engine.attention import Segment
 
-Floats = NDArray[np.float32]
+Stored = NDArray[Any]
 
 ROWS_PER_TILE = 24
 """Queries × heads that share keys, which read a block of keys together."""
 
 
 class CpuAttention:
-    """See `PagedAttention`. Keys and values are float32, whatever the model computes in."""
+    """See `PagedAttention`. Keys and values are float32, or bfloat16, as uint16."""
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         if block_size != cpu_kernels.PANEL:
             raise ValueError(f"a block must have {cpu_kernels.PANEL} tokens")
         self._num_blocks = num_blocks
-        self._caches: dict[tuple[int, int], tuple[Floats, Floats]] = {}
+        self._caches: dict[tuple[int, int], tuple[Stored, Stored]] = {}
 
     @property
     def num_bytes_per_token(self) -> int:
@@ -37,17 +39,24 @@ class CpuAttention:
         return CpuAttentionBatch(segments, self)
 
     def caches(
-        self, first: int, count: int, num_kv_heads: int, key_dim: int, value_dim: int
-    ) -> tuple[Floats, Floats]:
+        self,
+        first: int,
+        count: int,
+        num_kv_heads: int,
+        key_dim: int,
+        value_dim: int,
+        is_short: bool,
+    ) -> tuple[Stored, Stored]:
         """Keys and values of `count` layers from `first` on, as `cpu_kernels.store` wants them."""
         if (first, count) not in self._caches:
             lanes = cpu_kernels.UNIT.lanes
             padded_dim = -(-value_dim // lanes) * lanes
             shape = (count, self._num_blocks, num_kv_heads)
+            dtype = np.uint16 if is_short else np.float32
             # The operating system's zeros: memory is taken when a block is first written.
             self._caches[first, count] = (
-                np.zeros((*shape, key_dim, cpu_kernels.PANEL), np.float32),
-                np.zeros((*shape, cpu_kernels.PANEL, padded_dim), np.float32),
+                np.zeros((*shape, key_dim, cpu_kernels.PANEL), dtype),
+                np.zeros((*shape, cpu_kernels.PANEL, padded_dim), dtype),
             )
         return self._caches[first, count]
 
@@ -66,11 +75,9 @@ class CpuAttentionBatch:
             row[: len(segment.block_table)] = segment.block_table
         self._segments: dict[int, cpu_kernels.Segments] = {}
 
-    def caches(
-        self, num_layers: int, num_kv_heads: int, key_dim: int, value_dim: int
-    ) -> tuple[Floats, Floats]:
-        """Of all layers at once."""
-        return self._attention.caches(0, num_layers, num_kv_heads, key_dim, value_dim)
+    def caches(self, num_layers: int, num_kv_heads: int, head_dim: int) -> tuple[Stored, Stored]:
+        """Of all layers at once, in bfloat16."""
+        return self._attention.caches(0, num_layers, num_kv_heads, head_dim, head_dim, True)
 
     def attend(
         self,
@@ -85,7 +92,9 @@ class CpuAttentionBatch:
         sinks: Tensor | None = None,
     ) -> Tensor:
         queries, keys, values = (_to_heads(tensor) for tensor in (query, key, value))
-        caches = self._attention.caches(layer, 1, keys.num_heads, keys.head_dim, values.head_dim)
+        caches = self._attention.caches(
+            layer, 1, keys.num_heads, keys.head_dim, values.head_dim, key.dtype == torch.bfloat16
+        )
         key_cache, value_cache = (cache[0] for cache in caches)
         segments = self.segments(queries.num_heads // keys.num_heads)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import llvmlite.binding as llvm
@@ -40,7 +41,8 @@ _LARGEST = np.float32(127)
 _LN_2 = np.float32(math.log(2))
 _SERIES = tuple(np.float32(1 / math.factorial(term)) for term in range(8))
 
-_BYTE, _INT, _LONG, _FLOAT = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
+_BYTE, _SHORT, _INT, _LONG = (ir.IntType(width) for width in (8, 16, 32, 64))
+_FLOAT = ir.FloatType()
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,15 @@ class _Emitter:
 
     def load(self, base: Any, num_bytes: Any, kind: Any) -> Any:
         return self.builder.load(self._address(base, num_bytes, kind), align=1)
+
+    def load_floats(self, base: Any, first: int, is_short: bool) -> Any:
+        """A vector of float32, or of bfloat16, which is the upper half of it."""
+        if not is_short:
+            return self.load(base, _LONG(first * 4), self.floats)
+        shorts = ir.VectorType(_SHORT, self.lanes)
+        bits = self.builder.zext(self.load(base, _LONG(first * 2), shorts), self.ints)
+        sixteen = ir.Constant(self.ints, [16] * self.lanes)
+        return self.builder.bitcast(self.builder.shl(bits, sixteen), self.floats)
 
     def store(self, value: Any, base: Any, num_bytes: Any) -> None:
         self.builder.store(value, self._address(base, num_bytes, value.type), align=1)
@@ -126,7 +137,7 @@ class _Emitter:
             return self.builder.call(
                 self.builder.module.declare_intrinsic(self.dot, (), kind), [sums, unsigned, signed]
             )
-        shorts = ir.VectorType(ir.IntType(16), self.lanes * QUAD)
+        shorts = ir.VectorType(_SHORT, self.lanes * QUAD)
         # 255 × 127 still fits into 16 bits.
         products = self.builder.mul(
             self.builder.zext(unsigned, shorts), self.builder.sext(signed, shorts)
@@ -209,12 +220,13 @@ def make_int8_tile(unit: VectorUnit) -> Callable[..., None]:
 def make_float_tile(unit: VectorUnit, vectors: int) -> Callable[..., None]:
     """A function for compiled code: out = out × factors[row] + a @ b, over `vectors` columns.
 
-    Its arguments are numbers and addresses: how many rows; a and its floats per row; b and its
-    floats per row; the number of columns of a; the factors; out and its floats per row.
+    Its arguments are numbers and addresses: how many rows; a and its floats per row; b, its numbers
+    per row, and an array of their type, which is float32 or bfloat16 (uint16); the number of
+    columns of a; the factors; out and its floats per row.
     """
 
-    def emit_rows(builder: Any, rows: int, args: Any) -> None:
-        a, a_stride, b, b_stride, num_steps, factors, out, out_stride = args
+    def emit_rows(builder: Any, rows: int, args: Any, is_short: bool) -> None:
+        a, a_stride, b, b_stride, _, num_steps, factors, out, out_stride = args
         emit = _Emitter(builder, unit, rows, vectors)
         size = unit.lanes * 4
         multiply_add = builder.module.declare_intrinsic(
@@ -230,9 +242,12 @@ def make_float_tile(unit: VectorUnit, vectors: int) -> Callable[..., None]:
                 initial.append(builder.fmul(old, factor))
 
         def turn(index: Any, sums: list[Any]) -> None:
-            columns = builder.add(b, builder.mul(index, emit.offset(b_stride, 4)))
+            columns = builder.add(
+                b, builder.mul(index, emit.offset(b_stride, 2 if is_short else 4))
+            )
             values = [
-                emit.load(columns, _LONG(vector * size), emit.floats) for vector in range(vectors)
+                emit.load_floats(columns, unit.lanes * vector, is_short)
+                for vector in range(vectors)
             ]
             for row, start in enumerate(row_starts):
                 one = emit.splat(emit.load(start, emit.offset(index, 4), _FLOAT), emit.floats)
@@ -253,14 +268,16 @@ def make_float_tile(unit: VectorUnit, vectors: int) -> Callable[..., None]:
         a_stride: Any,
         b: Any,
         b_stride: Any,
+        like_b: Any,
         num_steps: Any,
         factors: Any,
         out: Any,
         out_stride: Any,
     ) -> Any:
+        emit = partial(emit_rows, is_short=like_b.dtype == types.uint16)
         return types.void(
-            num_rows, a, a_stride, b, b_stride, num_steps, factors, out, out_stride
-        ), _switch(unit.rows, emit_rows)
+            num_rows, a, a_stride, b, b_stride, like_b, num_steps, factors, out, out_stride
+        ), _switch(unit.rows, emit)
 
     return tile
 
@@ -286,6 +303,21 @@ def _as_float(typing: Any, bits: Any) -> Any:
         return builder.bitcast(args[0], _FLOAT)
 
     return types.float32(types.int32), generate
+
+
+@intrinsic
+def _to_type_of(typing: Any, array: Any, value: Any) -> Any:
+    """`value`, float32, as an array of float32 or bfloat16 (uint16) holds it."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if array.dtype == types.float32:
+            return args[1]
+        bits = builder.bitcast(args[1], _INT)
+        odd = builder.and_(builder.lshr(bits, _INT(16)), _INT(1))
+        rounded = builder.add(bits, builder.add(odd, _INT(0x7FFF)))  # to nearest, ties to even
+        return builder.trunc(builder.lshr(rounded, _INT(16)), _SHORT)
+
+    return array.dtype(array, types.float32), generate
 
 
 _int8_tile = make_int8_tile(UNIT)
@@ -474,7 +506,7 @@ def store(keys: Any, values: Any, segments: Any, key_cache: Any, value_cache: An
     """Put new keys and values (Heads) where they belong.
 
     key_cache: [num_blocks, num_kv_heads, head_dim, 64]; value_cache: [num_blocks, num_kv_heads, 64,
-    head_dim padded to whole vectors].
+    head_dim padded to whole vectors]; both float32 or bfloat16 (uint16).
     """
     for item in prange(segments.offsets.shape[0] * keys.num_heads):
         segment, head = divmod(np.int64(item), keys.num_heads)  # it is unsigned
@@ -485,9 +517,11 @@ def store(keys: Any, values: Any, segments: Any, key_cache: Any, value_cache: An
             block = segments.tables[segment, position // PANEL]
             slot = position % PANEL
             for i in range(keys.head_dim):
-                key_cache[block, head, i, slot] = keys.rows[token, key_column + i]
+                number = keys.rows[token, key_column + i]
+                key_cache[block, head, i, slot] = _to_type_of(key_cache, number)  # type: ignore[call-arg]
             for i in range(values.head_dim):
-                value_cache[block, head, slot, i] = values.rows[token, value_column + i]
+                number = values.rows[token, value_column + i]
+                value_cache[block, head, slot, i] = _to_type_of(value_cache, number)  # type: ignore[call-arg]
             token += 1
 
 
@@ -526,15 +560,16 @@ def attend(
         first = max(0, position - window + 1) if window else 0
         for number in range(first // PANEL, (end - 1) // PANEL + 1):
             block, start = segments.tables[segment, number], number * PANEL
-            _multiply_floats(rows, key_cache[block, kv_head], head_dim, nothing, scores)
+            count = min(PANEL, end - start)  # what comes after was another sequence's
+            _multiply_floats(rows, key_cache[block, kv_head], head_dim, count, nothing, scores)
             for row in range(num_rows):
                 last = position + row // group - start
                 earliest = last - window + 1 if window else 0
                 factors[row] = _soften(
                     scores[row], earliest, last, masking.softcap, largest, totals, row
                 )
-            count = min(PANEL, end - start)  # what comes after was another sequence's
-            _multiply_floats(scores, value_cache[block, kv_head], count, factors, sums)
+            values = value_cache[block, kv_head]
+            _multiply_floats(scores, values, count, values.shape[1], factors, sums)
         for row in range(num_rows):
             column = (kv_head * group + row % group) * value_dim
             share = np.float32(1) / totals[row]
@@ -571,40 +606,47 @@ def _soften(
 
 
 @njit
-def _multiply_floats(a: Any, b: Any, num_steps: Any, factors: Any, out: Any) -> None:
-    """out = out × factors + a[:, :num_steps] @ b[:num_steps]; whole vectors of columns."""
-    num_rows, num_columns = out.shape
+def _multiply_floats(
+    a: Any, b: Any, num_steps: Any, num_columns: Any, factors: Any, out: Any
+) -> None:
+    """out = out × factors + a[:, :num_steps] @ b[:num_steps], for whole vectors of columns."""
+    num_rows = out.shape[0]
     for row in range(0, num_rows, _TILE_ROWS):
         count = min(num_rows - row, _TILE_ROWS)
         a_at = a.ctypes.data + row * a.shape[1] * 4
         factors_at = factors.ctypes.data + row * 4
         column = 0
-        while column + _TILE_COLUMNS <= num_columns:
-            _float_tile(
-                count,
-                a_at,
-                a.shape[1],
-                b.ctypes.data + column * 4,
-                num_columns,
-                num_steps,
-                factors_at,
-                out.ctypes.data + (row * num_columns + column) * 4,
-                num_columns,
-            )
-            column += _TILE_COLUMNS
         while column < num_columns:
-            _narrow_float_tile(
-                count,
-                a_at,
-                a.shape[1],
-                b.ctypes.data + column * 4,
-                num_columns,
-                num_steps,
-                factors_at,
-                out.ctypes.data + (row * num_columns + column) * 4,
-                num_columns,
-            )
-            column += _LANES
+            b_at = b.ctypes.data + column * b.itemsize
+            out_at = out.ctypes.data + (row * out.shape[1] + column) * 4
+            if column + _TILE_COLUMNS <= num_columns:
+                _float_tile(
+                    count,
+                    a_at,
+                    a.shape[1],
+                    b_at,
+                    b.shape[1],
+                    b,
+                    num_steps,
+                    factors_at,
+                    out_at,
+                    out.shape[1],
+                )
+                column += _TILE_COLUMNS
+            else:
+                _narrow_float_tile(
+                    count,
+                    a_at,
+                    a.shape[1],
+                    b_at,
+                    b.shape[1],
+                    b,
+                    num_steps,
+                    factors_at,
+                    out_at,
+                    out.shape[1],
+                )
+                column += _LANES
 
 
 # Layers

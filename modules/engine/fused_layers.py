@@ -102,7 +102,7 @@ class Int8Layers(nn.Module):
         hidden = hidden_states[0].clone().numpy()
         cos, sin = (table[0].contiguous().numpy() for table in position_embeddings)
         keys, values = attention_batch.caches(
-            len(self._weights.windows), self._num_kv_heads, self._head_dim, self._head_dim
+            len(self._weights.windows), self._num_kv_heads, self._head_dim
         )
         cpu_kernels.run_layers(
             hidden,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from itertools import accumulate, pairwise
 
 import numba
 import torch
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 from modules.engine.attention import ATTENTION_NAME, PagedAttention, Segment
 from modules.engine.cpu_attention import CpuAttention
 from modules.engine.sampler import sample
-from modules.engine.scheduler import SampledToken, ScheduledBatch
+from modules.engine.scheduler import SampledToken, ScheduledBatch, ScheduledSequence
 from modules.engine.torch_attention import TorchAttention
 
 # Of the compiled functions; torch has as many.
@@ -37,18 +38,26 @@ class ModelRunner:
         self._attention: PagedAttention = backend(num_blocks, block_size)
 
     @torch.inference_mode()
-    def run(self, batch: ScheduledBatch) -> list[SampledToken]:
-        """Read the batch's tokens; a sampled token for each of `batch.sampled`, in order."""
+    def run(self, batch: ScheduledBatch) -> list[list[SampledToken]]:
+        """Read the batch's tokens; for each of `batch.sampled`, in order, the tokens of its draft
+        that were right and the next one.
+        """
         if self._device.type == "cpu":
             torch.set_num_threads(NUM_THREADS)
             numba.set_num_threads(NUM_THREADS)
         logits = self._forward(batch)
         if not batch.sampled:
             return []
-        return sample(logits, [item.seq for item in batch.sampled])
+        return _sample_along(logits, batch.sampled)
+
+    @property
+    def num_kv_bytes_per_token(self) -> int:
+        return self._attention.num_bytes_per_token
 
     def _forward(self, batch: ScheduledBatch) -> Tensor:
-        """Logits of the sequences that are sampled, [num_sampled, vocab_size], float32."""
+        """Logits after the last token of the sequences that are sampled, and after each of their
+        drafts: [num_rows, vocab_size], float32.
+        """
         token_ids, positions, segments, last_rows = _pack(batch)
         last = torch.tensor(last_rows, device=self._device, dtype=torch.long)
         output = self._model(
@@ -69,11 +78,41 @@ def _pack(
     token_ids: list[int] = []
     positions: list[int] = []
     segments = []
-    last_rows = []
+    last_rows: list[int] = []
     for item in batch.items:
-        segments.append(Segment(item.block_table, len(token_ids), item.start, item.end))
-        token_ids += item.seq.token_ids[item.start : item.end]
-        positions += range(item.start, item.end)
+        # Attended to as if alone, each of them, a draft's tokens are rounded as in steps of one.
+        end = item.end + len(item.draft)
+        for start, stop in pairwise((item.start, *range(item.end, end + 1))):
+            offset = len(token_ids) + start - item.start
+            segments.append(Segment(item.block_table, offset, start, stop))
+        token_ids += [*item.seq.token_ids[item.start : item.end], *item.draft]
+        positions += range(item.start, end)
         if item.is_last_chunk:
-            last_rows.append(len(token_ids) - 1)
+            last_rows += range(len(token_ids) - 1 - len(item.draft), len(token_ids))
     return token_ids, positions, tuple(segments), last_rows
+
+
+def _sample_along(logits: Tensor, items: tuple[ScheduledSequence, ...]) -> list[list[SampledToken]]:
+    """Sample as if token by token, for as long as a sequence's draft says the same.
+
+    So a draft changes no token and no random number: one that is wrong has only cost its rows.
+    """
+    seqs = [item.seq for item in items]
+    tokens: list[list[SampledToken]] = [[] for _ in items]
+    first_rows = list(accumulate((1 + len(item.draft) for item in items), initial=0))
+    active = list(range(len(items)))
+    while active:
+        rows = [first_rows[i] + len(tokens[i]) for i in active]
+        chosen = logits if len(rows) == len(logits) else logits[rows]
+        for i, token in zip(active, sample(chosen, [seqs[i] for i in active]), strict=True):
+            tokens[i].append(token)
+        active = [i for i in active if _is_foreseen(tokens[i], items[i].draft)]
+        for i in active:
+            if seqs[i] is items[i].seq:
+                seqs[i] = seqs[i].fork()
+            seqs[i].append(tokens[i][-1].token_id)
+    return tokens
+
+
+def _is_foreseen(tokens: list[SampledToken], draft: tuple[int, ...]) -> bool:
+    return len(tokens) <= len(draft) and tokens[-1].token_id == draft[len(tokens) - 1]

@@ -56,13 +56,7 @@ _FAULTS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class ProbeResult:
-    kv_bytes_per_token: int
-    """Keys and values of one token in all layers, as they are stored."""
-
-
-def probe(model: PreTrainedModel) -> ProbeResult:
+def probe(model: PreTrainedModel) -> None:
     """Let `model` read two sequences side by side and each alone, and compare.
 
     It has the engine's attention from then on.
@@ -76,7 +70,7 @@ def probe(model: PreTrainedModel) -> ProbeResult:
     model.eval()
     try:
         with torch.inference_mode(), _short_windows(model):
-            return _compare(model)
+            _compare(model)
     except torch.OutOfMemoryError:
         raise  # says nothing about the model
     except (NotBatchableError, *_FAULTS) as error:
@@ -84,6 +78,15 @@ def probe(model: PreTrainedModel) -> ProbeResult:
         if isinstance(error, NotBatchableError):
             raise
         raise _refusal(model, f"{type(error).__name__} in a trial run") from error
+
+
+@torch.inference_mode()
+def count_kv_bytes(model: PreTrainedModel) -> int:
+    """What the keys and values of one token take in all layers, as the engine stores them."""
+    runner = ModelRunner(model, num_blocks=1, block_size=BLOCK_SIZE)
+    seq = Sequence(SequenceRequest("probe", (0,)), max_model_len=2)
+    runner.run(ScheduledBatch((ScheduledSequence(seq, (0,), 0, 1, is_last_chunk=False),)))
+    return runner.num_kv_bytes_per_token
 
 
 def probe_alone(model: PreTrainedModel) -> None:
@@ -100,7 +103,7 @@ def probe_alone(model: PreTrainedModel) -> None:
         raise _refusal_alone(model, "it generates no text, as every token looks at those after it")
 
 
-def _compare(model: PreTrainedModel) -> ProbeResult:
+def _compare(model: PreTrainedModel) -> None:
     prompts = _prompts(model)
     # Eager is the definition; transformers' faster functions leave out what they do not know, such
     # as a soft cap.
@@ -115,7 +118,6 @@ def _compare(model: PreTrainedModel) -> ProbeResult:
             raise _refusal(model, "in a batch its results would be wrong")
         if not runner.ledger.is_complete(batch, model.config.get_text_config().num_hidden_layers):
             raise _refusal(model, "it does not keep keys and values once per token and layer")
-    return ProbeResult(runner.ledger.num_bytes_per_token)
 
 
 @torch.inference_mode()

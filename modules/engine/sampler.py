@@ -38,7 +38,8 @@ def sample(logits: Tensor, seqs: list[Sequence]) -> list[SampledToken]:
     for select, choose in _CHOICES:
         rows = [row for row, seq in enumerate(seqs) if select(seq.params)]
         if rows:
-            chosen = choose(penalized[rows], [seqs[row] for row in rows])
+            own = penalized if len(rows) == len(seqs) else penalized[rows]
+            chosen = choose(own, [seqs[row] for row in rows])
             token_ids[torch.tensor(rows, device=logits.device)] = chosen
     ids: list[int] = token_ids.tolist()
     logprobs = _logprobs(logits, token_ids, seqs)

@@ -30,6 +30,8 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     """Ends the generation as the model's own end-of-sequence tokens do."""
     ignore_eos: bool = False
+    prompt_lookup_num_tokens: int = 0
+    """Most tokens to guess from what came before, and to read at once. Changes no token."""
     logprobs: bool = False
     """Report the log-probability of every sampled token."""
 

@@ -5,6 +5,9 @@ not read, and a step reads some of them. A prompt is read in chunks, beside runn
 cut at the same places whatever else runs: where it is cut decides how attention is rounded, so its
 tokens do not depend on its company. What another sequence has read, or is just reading, is not read
 again. Integers only; no tensor, no text.
+
+A step may also read a draft: tokens that are only guessed to come next. As many of them as turn out
+to be right are a sequence's next tokens, and one more.
 """
 
 from __future__ import annotations
@@ -16,10 +19,14 @@ from modules.engine.cache_manager import CacheManager
 from modules.engine.outputs import FinishReason, TokenOutput
 from modules.engine.sequence import Sequence, SequenceStatus
 
+# A step of so many rows takes little longer than one of a single row. Where it is full anyway, a
+# wrong guess would cost what another stream's token costs.
+MAX_NUM_DRAFT_ROWS = 32
+
 
 @dataclass(frozen=True, slots=True)
 class ScheduledSequence:
-    """The tokens `seq.token_ids[start:end]` are read in this step."""
+    """The tokens `seq.token_ids[start:end]` are read in this step, and `draft` after them."""
 
     seq: Sequence
     block_table: tuple[int, ...]
@@ -27,10 +34,11 @@ class ScheduledSequence:
     end: int
     is_last_chunk: bool
     """All tokens are read after this step, so the next one can be sampled."""
+    draft: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:
-        return self.end - self.start
+        return self.end - self.start + len(self.draft)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,15 +89,17 @@ class Scheduler:
         items += self._admit(self._max_num_batched_tokens - sum(i.num_tokens for i in items))
         return ScheduledBatch(tuple(items))
 
-    def update(self, batch: ScheduledBatch, sampled: list[SampledToken]) -> list[TokenOutput]:
-        """Record what a step did; `sampled` holds a token for each of `batch.sampled`."""
+    def update(self, batch: ScheduledBatch, sampled: list[list[SampledToken]]) -> list[TokenOutput]:
+        """Record what a step did.
+
+        `sampled` holds for each of `batch.sampled` the tokens of its draft that were right, and
+        the one that comes after them.
+        """
+        tokens_of = dict(zip((id(item) for item in batch.sampled), sampled, strict=True))
+        outputs: list[TokenOutput] = []
         for item in batch.items:
-            item.seq.num_computed_tokens = item.end
-            self._cache.record(item.seq)
-        return [
-            self._append(item.seq, token)
-            for item, token in zip(batch.sampled, sampled, strict=True)
-        ]
+            outputs += self._advance(item, tokens_of.get(id(item), []))
+        return outputs
 
     def finish(self, seq: Sequence, reason: FinishReason) -> None:
         """End `seq` wherever it stands and free what it holds; idempotent."""
@@ -114,7 +124,7 @@ class Scheduler:
                 continue
             if not self._make_room(seq, items):
                 continue
-            items.append(self._build_item(seq))
+            items.append(self._build_item(seq, self._build_draft(seq)))
             budget -= items[-1].num_tokens
         return items
 
@@ -155,15 +165,30 @@ class Scheduler:
         to_next_cut = self._chunk_size - start % self._chunk_size
         return min(len(seq.token_ids) - start, to_next_cut)
 
-    def _build_item(self, seq: Sequence) -> ScheduledSequence:
+    def _build_item(self, seq: Sequence, draft: tuple[int, ...] = ()) -> ScheduledSequence:
         start = seq.num_computed_tokens
         end = start + self._chunk(seq, start)
-        return ScheduledSequence(seq, tuple(seq.block_table), start, end, end == len(seq.token_ids))
+        return ScheduledSequence(
+            seq, tuple(seq.block_table), start, end, end == len(seq.token_ids), draft
+        )
+
+    def _build_draft(self, seq: Sequence) -> tuple[int, ...]:
+        """Only where there is room: no other sequence gives up anything for a guess."""
+        if seq.lookup is None or seq.num_uncomputed_tokens > 1:
+            return ()
+        # Beside a chunk and all streams; and one token comes without a guess.
+        num_rows = min(MAX_NUM_DRAFT_ROWS, self._max_num_batched_tokens - self._chunk_size)
+        room = min(num_rows // len(self.running), seq.max_tokens - seq.num_output_tokens) - 1
+        draft = seq.lookup.propose(seq.token_ids, room) if room > 0 else ()
+        if not self._cache.can_append(seq, len(draft)):
+            return ()
+        self._cache.append(seq, len(draft))
+        return draft
 
     def _make_room(self, seq: Sequence, scheduled: list[ScheduledSequence]) -> bool:
         """Let `seq` keep its tokens, at the cost of younger ones; False if it must wait itself."""
-        taken = {id(item.seq) for item in scheduled}
         while not self._cache.can_append(seq):
+            taken = {id(item.seq) for item in scheduled}
             victim = next(other for other in reversed(self.running) if id(other) not in taken)
             self._preempt(victim)
             if victim is seq:
@@ -178,11 +203,24 @@ class Scheduler:
         seq.status = SequenceStatus.WAITING
         self.waiting.appendleft(seq)
 
-    def _append(self, seq: Sequence, token: SampledToken) -> TokenOutput:
-        seq.append(token.token_id)
-        reason = seq.find_finish_reason(self._eos_token_ids)
+    def _advance(self, item: ScheduledSequence, tokens: list[SampledToken]) -> list[TokenOutput]:
+        seq = item.seq
+        outputs: list[TokenOutput] = []
+        reason = None
+        for token in tokens:
+            seq.append(token.token_id)
+            reason = seq.find_finish_reason(self._eos_token_ids)
+            cached = seq.num_cached_tokens or 0
+            outputs.append(
+                TokenOutput(seq.request_id, token.token_id, reason, cached, token.logprob)
+            )
+            if reason is not None:
+                break
+        # Of a draft, what is right has been read; what is wrong will be written over.
+        seq.num_computed_tokens = item.end + max(0, len(outputs) - 1)
+        if seq.lookup is not None and item.draft:
+            seq.lookup.learn(len(item.draft), len(tokens) - 1)
+        self._cache.record(seq)
         if reason is not None:
             self.finish(seq, reason)
-        return TokenOutput(
-            seq.request_id, token.token_id, reason, seq.num_cached_tokens or 0, token.logprob
-        )
+        return outputs

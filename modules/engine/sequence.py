@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections import Counter
 from dataclasses import dataclass
 from enum import Enum, auto
 
 from modules.engine.outputs import FinishReason
+from modules.engine.prompt_lookup import PromptLookup
 from modules.engine.sampling_params import SamplingParams
 
 
@@ -49,6 +51,8 @@ class Sequence:
         self.max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         # One generator per sequence: what else runs cannot change what it draws.
         self.generator = random.Random(params.seed)
+        num_lookup_tokens = params.prompt_lookup_num_tokens
+        self.lookup = PromptLookup(num_lookup_tokens) if num_lookup_tokens > 0 else None
 
     def append(self, token_id: int) -> None:
         self.token_ids.append(token_id)
@@ -64,6 +68,13 @@ class Sequence:
         if self.num_output_tokens >= self.max_tokens:
             return FinishReason.LENGTH
         return None
+
+    def fork(self) -> Sequence:
+        """One that goes on apart, but draws from the same random numbers."""
+        other = copy.copy(self)
+        other.token_ids = self.token_ids.copy()
+        other.output_counts = self.output_counts.copy()
+        return other
 
     @property
     def num_output_tokens(self) -> int:

@@ -79,3 +79,23 @@ def test_int8_is_the_same_in_any_company(
         engine = Engine(quantized, EngineConfig(max_model_len=512, num_cache_tokens=512))
         engine.add(request("alone", prompt, max_tokens=16, seed=number, temperature=temperature))
         assert token_ids(run(engine)["alone"]) == together[number]
+
+
+def test_int8_is_the_same_with_prompt_lookup(
+    model: PreTrainedModel, prompts: list[list[int]]
+) -> None:
+    """To the last bit: what is guessed is rounded as what is generated token by token."""
+    quantized = copy.deepcopy(model)
+    assert quantize_model(quantized)
+    engine = Engine(quantized, EngineConfig(max_model_len=512, num_cache_tokens=4096))
+    wish = {"max_tokens": 60, "temperature": 0.8, "logprobs": True, "ignore_eos": True}
+    logprobs = []
+    for number in (0, 10):
+        num_reads = 0
+        engine.add(request("a", prompts[2] * 2, seed=1, prompt_lookup_num_tokens=number, **wish))
+        logprobs.append([])
+        while engine.has_unfinished:
+            logprobs[-1] += [(output.token_id, output.logprob) for output in engine.step()]
+            num_reads += 1
+    assert num_reads < 60, "no guess was right"
+    assert logprobs[0] == logprobs[1]

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from modules.engine.cache_manager import BLOCK_SIZE
 from modules.engine.engine import Engine
 from modules.engine.outputs import FinishReason
+from modules.engine.prompt_lookup import PromptLookup
 from tests.engine.conftest import CONFIGS, VOCAB_SIZE, build_model, request, run, token_ids
 
 
@@ -225,3 +226,80 @@ def test_what_ended_generations_leave_is_bounded(make_engine) -> None:
         engine.add(request(str(number), [number, *range(10, 110)], max_tokens=1))
         run(engine)
     assert engine.cache_manager.num_retained_blocks == 2 * 128 // BLOCK_SIZE
+
+
+LOOKUP_WISHES = {
+    "greedy": {},
+    "sampled": {"temperature": 0.5},
+    "sorted": {"temperature": 0.7, "top_p": 0.9, "top_k": 20},
+    "penalised": {
+        "temperature": 0.3,
+        "repetition_penalty": 1.05,
+        "presence_penalty": 0.2,
+        "frequency_penalty": 0.1,
+    },
+    "penalised greedily": {"frequency_penalty": 0.5},
+}
+
+
+@pytest.mark.parametrize("wishes", LOOKUP_WISHES.values(), ids=LOOKUP_WISHES)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_prompt_lookup_changes_no_token(name: str, wishes: dict, make_engine) -> None:
+    model = build_model(name)
+    prompts = [prompt * 3 for prompt in random_prompts(6, 40)]
+    results, num_reads = [], []
+    for number in (0, 10):
+        engine = make_engine(model)
+        for index, prompt in enumerate(prompts):
+            lookup = {"prompt_lookup_num_tokens": number, "logprobs": True, **wishes}
+            engine.add(request(str(index), prompt, max_tokens=80, seed=index, **lookup))
+        outputs: dict[str, list] = {}
+        num_reads.append(0)
+        while engine.has_unfinished:
+            batch = engine.schedule()
+            num_reads[-1] += len(batch.sampled)
+            for output in engine.execute(batch):
+                outputs.setdefault(output.request_id, []).append(output)
+            engine.cache_manager.check_integrity()
+        results.append(outputs)
+    for index in map(str, range(6)):
+        without, with_lookup = (outputs[index] for outputs in results)
+        assert token_ids(with_lookup) == token_ids(without)
+        assert [o.logprob for o in with_lookup] == pytest.approx(
+            [o.logprob for o in without], abs=1e-3
+        )
+    if (name, wishes) == ("llama", {}):
+        assert num_reads[1] < num_reads[0], "no guess was right"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_right_and_wrong_guesses_of_any_length_change_no_token(
+    name: str, make_engine, monkeypatch
+) -> None:
+    model = build_model(name)
+    prompt = [5, 6, 7]
+    plain = make_engine(model)
+    plain.add(request("a", prompt, max_tokens=150, temperature=0.8, seed=1))
+    expected = token_ids(run(plain)["a"])
+    draw = random.Random(0)
+
+    def guess(self: PromptLookup, token_ids: list[int], room: int) -> tuple[int, ...]:
+        right = expected[len(token_ids) - 3 :][: min(room, draw.randrange(9))]
+        return tuple(t if draw.random() < 0.8 else 9 for t in right)
+
+    monkeypatch.setattr(PromptLookup, "propose", guess)
+    engine = make_engine(model)
+    wish = {"max_tokens": 150, "temperature": 0.8, "seed": 1, "prompt_lookup_num_tokens": 9}
+    engine.add(request("a", prompt, **wish))
+    num_steps = 0
+    tokens = []
+    while engine.has_unfinished:
+        tokens += token_ids(engine.step())
+        engine.cache_manager.check_integrity()
+        num_steps += 1
+    assert tokens == expected
+    assert num_steps < 80
+    cold = make_engine(model)
+    for target in (engine, cold):  # nothing wrong has been left behind
+        target.add(request("next", [*prompt, *expected], max_tokens=20))
+    assert token_ids(run(engine)["next"]) == token_ids(run(cold)["next"])

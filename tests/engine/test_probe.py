@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from modules.engine.probe import probe, probe_alone
+from modules.engine.probe import count_kv_bytes, probe, probe_alone
 from modules.errors import ModelLoadError, NotBatchableError
 from tests.engine import conftest
 from tests.engine.conftest import CONFIGS, SHAPE
@@ -37,7 +37,9 @@ def build(model_type: str, **overrides: Any) -> PreTrainedModel:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_measures_keys_and_values_of_a_model_it_lets_through(name: str) -> None:
     expected = NUM_LAYERS * 2 * 2 * 16 * 4  # keys and values, 2 heads of 16, 4 bytes
-    assert probe(build_model(name)).kv_bytes_per_token == expected
+    model = build_model(name)
+    probe(model)
+    assert count_kv_bytes(model) == expected
 
 
 def test_windows_are_as_long_as_before() -> None:
@@ -49,11 +51,12 @@ def test_windows_are_as_long_as_before() -> None:
     assert [getattr(module, "sliding_window", None) for module in model.modules()] == windows
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_smaller_type_may_round(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 2), (torch.float16, 4)])
+def test_a_smaller_type_may_round(dtype: torch.dtype, size: int) -> None:
     model = build_model("llama").to(dtype)
-    # Keys and values are float32 on the CPU.
-    assert probe(model).kv_bytes_per_token == NUM_LAYERS * 2 * 2 * 16 * 4
+    probe(model)
+    # On the CPU, keys and values are bfloat16 or float32.
+    assert count_kv_bytes(model) == NUM_LAYERS * 2 * 2 * 16 * size
 
 
 def test_measures_heads_that_the_configuration_does_not_tell() -> None:
@@ -73,7 +76,8 @@ def test_measures_heads_that_the_configuration_does_not_tell() -> None:
         moe_intermediate_size=32,
         first_k_dense_replace=1,
     )
-    assert probe(model).kv_bytes_per_token == NUM_LAYERS * 4 * (8 + 16 + 16) * 4
+    probe(model)
+    assert count_kv_bytes(model) == NUM_LAYERS * 4 * (8 + 16 + 16) * 4
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

@@ -36,7 +36,7 @@ def add_tokens(
 
 def step(scheduler: Scheduler, token_id: int = 9) -> tuple[ScheduledBatch, list[TokenOutput]]:
     batch = scheduler.schedule()
-    return batch, scheduler.update(batch, [SampledToken(token_id)] * len(batch.sampled))
+    return batch, scheduler.update(batch, [[SampledToken(token_id)]] * len(batch.sampled))
 
 
 def spans(batch: ScheduledBatch) -> dict[str, tuple[int, int]]:
@@ -256,3 +256,83 @@ def test_whatever_is_shared_everything_ends_and_streams_are_never_stopped() -> N
         while scheduler.has_unfinished:
             assert step(scheduler)[0].items
         assert all(seq.is_finished and not seq.block_table for seq in seqs)
+
+
+def read_along(
+    scheduler: Scheduler, expected: list[int]
+) -> tuple[ScheduledBatch, list[TokenOutput]]:
+    """A step of one sequence, whose output is `expected`."""
+    batch = scheduler.schedule()
+    (item,) = batch.items
+    first = item.seq.num_output_tokens
+    num_right = 0
+    while num_right < len(item.draft) and item.draft[num_right] == expected[first + num_right]:
+        num_right += 1
+    tokens = [SampledToken(token_id) for token_id in expected[first : first + num_right + 1]]
+    outputs = scheduler.update(batch, [tokens])
+    scheduler._cache.check_integrity()
+    return batch, outputs
+
+
+def test_as_much_of_a_draft_as_is_right_is_output() -> None:
+    scheduler = build(num_blocks=20)
+    prompt = [*range(100, 112), 50, 51, 52]
+    seq = add_tokens(scheduler, "a", prompt, max_tokens=14, prompt_lookup_num_tokens=8)
+    expected = [100, 101, 102, 103, 104, 105, 106, 99, 98, 97, 96, 95, 94, 93]
+    steps = []
+    while scheduler.has_unfinished:
+        batch, outputs = read_along(scheduler, expected)
+        steps.append((spans(batch)["a"], batch.items[0].draft, len(outputs)))
+        assert seq.is_finished or seq.num_uncomputed_tokens == 1
+    assert seq.token_ids[15:] == expected
+    assert seq.finish_reason is FinishReason.LENGTH
+    assert steps[:6] == [
+        ((0, 15), (), 1),
+        ((15, 16), (), 1),
+        ((16, 17), (102,), 2),
+        ((18, 19), (104, 105), 3),
+        ((21, 22), (107, 108, 109, 110), 1),
+        ((22, 23), (), 1),
+    ]
+    assert scheduler._cache.num_free_blocks == 20
+
+
+def test_a_draft_ends_where_the_sequence_does() -> None:
+    for wishes, num_outputs in (({"max_tokens": 9}, 9), ({"stop_token_ids": (104,)}, 5)):
+        scheduler = build(num_blocks=20)
+        prompt = [*range(100, 112), 100, 101, 102]
+        wishes = {"max_tokens": 50, **wishes}
+        seq = add_tokens(scheduler, "a", prompt, prompt_lookup_num_tokens=20, **wishes)
+        expected = [100, 101, 102, 103, 104, 105, 106, 107, 108, 109, 110, 111, 112]
+        reasons = []
+        while scheduler.has_unfinished:
+            batch, outputs = read_along(scheduler, expected)
+            room = seq.max_tokens - seq.num_output_tokens + len(outputs)
+            assert len(batch.items[0].draft) < room
+            reasons += [output.finish_reason for output in outputs]
+        assert seq.num_output_tokens == len(reasons) == num_outputs
+        assert reasons.index(seq.finish_reason) == num_outputs - 1, "the last one says why"
+
+
+def test_no_draft_takes_from_others() -> None:
+    """Neither memory, nor the rows of a chunk, nor those of other streams."""
+    scheduler = build(num_blocks=3, budget=40)
+    wishes = {"prompt_lookup_num_tokens": 30, "max_tokens": 30, "ignore_eos": True}
+    seq = add_tokens(scheduler, "a", [9] * 16, **wishes)
+    lengths = []
+    while not seq.is_finished and scheduler._cache.can_append(seq, 1):
+        batch, _ = read_along(scheduler, [9] * 50)
+        lengths.append(len(batch.items[0].draft))
+        assert len(seq.block_table) <= 3
+    assert lengths[:4] == [0, 1, 2, 4]
+    scheduler = build(max_num_seqs=8, budget=40)
+    for number in range(8):
+        add_tokens(scheduler, str(number), [9] * 16 + [number], **wishes)
+    add(scheduler, "long", 300)
+    while scheduler.has_unfinished:
+        batch = scheduler.schedule()
+        assert sum(item.num_tokens for item in batch.items) <= 40
+        scheduler.update(
+            batch, [[SampledToken(9)] * (1 + len(item.draft)) for item in batch.sampled]
+        )
+        scheduler._cache.check_integrity()

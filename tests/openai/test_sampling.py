@@ -24,6 +24,7 @@ def test_the_defaults_are_neutral() -> None:
         ({"presence_penalty": 1.0, "frequency_penalty": -1.0}, None),
         ({"repetition_penalty": 1.2, "repetition_penalty_range": 64}, None),
         ({"top_k": 40, "seed": 7}, None),
+        ({"prompt_lookup_num_tokens": 10}, None),
         ({"top_k": -1}, {}),
         ({"seed": -1}, {}),
         ({"seed": 0}, {"seed": 0}),

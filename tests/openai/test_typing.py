@@ -23,6 +23,7 @@ BAD_VALUES = {
     "frequency_penalty": [1e9, True],
     "repetition_penalty": [0, -1, True, 1e9],
     "repetition_penalty_range": [-1, 2.5, 2**31],
+    "prompt_lookup_num_tokens": [-1, 2.5, True, 2**31],
     "n": [0, -1, 129, 1.5, True, "2"],
     "best_of": [0, 129, 2**70],
     "max_tokens": [-1, 1.5, True, "16", 2**31],
