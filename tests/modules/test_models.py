@@ -554,7 +554,9 @@ def memory_for(num_tokens: int) -> float:
 def test_the_context_is_what_fits_into_memory(
     model_dir: Path, tiny: Path, caplog: pytest.LogCaptureFixture, no_threads_left: None
 ) -> None:
-    manager = ModelManager(make_settings(model_dir, kv_cache_memory=memory_for(200)))
+    manager = ModelManager(
+        make_settings(model_dir, kv_cache_memory=memory_for(200), dtype="float32")
+    )
     assert manager.load("tiny").max_model_len == 200
     manager.unload()
     assert "context limited to 200 of 512 tokens by memory" in caplog.text
@@ -563,7 +565,9 @@ def test_the_context_is_what_fits_into_memory(
 def test_a_context_that_was_asked_for_must_fit(
     model_dir: Path, tiny: Path, no_threads_left: None
 ) -> None:
-    settings = make_settings(model_dir, kv_cache_memory=memory_for(200), max_model_len=300)
+    settings = make_settings(
+        model_dir, kv_cache_memory=memory_for(200), max_model_len=300, dtype="float32"
+    )
     with pytest.raises(ModelLoadError, match="300 tokens of context.*of 200 tokens fit"):
         load_model("tiny", settings)
 
