@@ -45,7 +45,7 @@ class ModelRunner:
         if self._device.type == "cpu":
             torch.set_num_threads(NUM_THREADS)
             numba.set_num_threads(NUM_THREADS)
-        logits = self._forward(batch)
+        logits = self.forward(batch)
         if not batch.sampled:
             return []
         return _sample_along(logits, batch.sampled)
@@ -54,7 +54,7 @@ class ModelRunner:
     def num_kv_bytes_per_token(self) -> int:
         return self._attention.num_bytes_per_token
 
-    def _forward(self, batch: ScheduledBatch) -> Tensor:
+    def forward(self, batch: ScheduledBatch) -> Tensor:
         """Logits after the last token of the sequences that are sampled, and after each of their
         drafts: [num_rows, vocab_size], float32.
         """

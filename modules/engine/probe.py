@@ -85,7 +85,7 @@ def count_kv_bytes(model: PreTrainedModel) -> int:
     """What the keys and values of one token take in all layers, as the engine stores them."""
     runner = ModelRunner(model, num_blocks=1, block_size=BLOCK_SIZE)
     seq = Sequence(SequenceRequest("probe", (0,)), max_model_len=2)
-    runner.run(ScheduledBatch((ScheduledSequence(seq, (0,), 0, 1, is_last_chunk=False),)))
+    runner.forward(ScheduledBatch((ScheduledSequence(seq, (0,), 0, 1, is_last_chunk=True),)))
     return runner.num_kv_bytes_per_token
 
 
@@ -200,7 +200,7 @@ class _ProbedRunner(ModelRunner):
         self._attention = self.ledger
 
     def logits(self, batch: ScheduledBatch) -> Tensor:
-        return self._forward(batch)
+        return self.forward(batch)
 
 
 def _prompts(model: PreTrainedModel) -> list[Tensor]:

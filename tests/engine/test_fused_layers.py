@@ -30,8 +30,8 @@ def test_the_model_says_nearly_the_same(name: str, make_engine) -> None:
 
     seen = []
     engine = Engine(quantized, EngineConfig(max_model_len=512, num_cache_tokens=512))
-    forward = engine.runner._forward
-    engine.runner._forward = lambda batch: (seen.append(forward(batch)), seen[-1])[1]
+    forward = engine.runner.forward
+    engine.runner.forward = lambda batch: (seen.append(forward(batch)), seen[-1])[1]
     for length in range(1, len(prompt)):  # a prompt of each length, then one token more
         engine.add(request("x", prompt[:length], max_tokens=1))
         run(engine)
