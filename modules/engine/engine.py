@@ -26,7 +26,7 @@ class EngineConfig:
     """Tokens whose keys and values fit into memory; at least `max_model_len`."""
     num_retained_tokens: int | None = None
     """Most tokens whose keys and values are retained after their generation has ended, for others
-    that begin like it; None: twice `max_model_len`."""
+    that begin like it; None: `max_model_len`."""
     block_size: int = BLOCK_SIZE
 
     def __post_init__(self) -> None:
@@ -40,7 +40,7 @@ class Engine:
         self.config = config
         num_retained = config.num_retained_tokens
         if num_retained is None:
-            num_retained = 2 * config.max_model_len
+            num_retained = config.max_model_len
         self.cache_manager = CacheManager(
             num_blocks, config.block_size, -(-num_retained // config.block_size)
         )
