@@ -52,9 +52,12 @@ def quantize_model(model: PreTrainedModel) -> bool:
     return True
 
 
-def _is_known(layer: nn.Module) -> bool:
-    mlp: Any = getattr(layer, "mlp", None)
-    return type(layer) in KNOWN_LAYERS and type(mlp.act_fn) in (nn.SiLU, SiLUActivation)
+def _is_known(layer: Any) -> bool:
+    if type(layer) not in KNOWN_LAYERS:
+        return False
+    mlp = layer.mlp
+    unbiased = (layer.self_attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    return type(mlp.act_fn) in (nn.SiLU, SiLUActivation) and all(p.bias is None for p in unbiased)
 
 
 class Int8Layers(nn.Module):

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from transformers import Qwen2Config
+from transformers import LlamaConfig, Qwen2Config
 
 from modules.engine.attention import Segment
 from modules.engine.engine import Engine, EngineConfig
@@ -104,3 +104,24 @@ def test_what_is_not_known_is_left_as_it_is() -> None:
     before = [type(layer) for layer in model.base_model.layers]
     assert not quantize_model(model)
     assert [type(layer) for layer in model.base_model.layers] == before
+
+
+@pytest.mark.parametrize("option", [{"attention_bias": True}, {"mlp_bias": True}])
+def test_biases_where_none_are_known_are_not_lost(option: dict[str, bool]) -> None:
+    assert not quantize_model(build_model("biased", {"biased": LlamaConfig(**SHAPE, **option)}))
+
+
+def test_sizes_that_fill_no_vector() -> None:
+    shape = SHAPE | {"hidden_size": 60, "intermediate_size": 52, "head_dim": 10, "vocab_size": 301}
+    model = build_model("odd", {"odd": LlamaConfig(**shape)})
+    prompt = torch.randint(3, 300, (1, 70))
+    with torch.inference_mode():
+        expected = model(prompt).logits[0, -1]
+    assert quantize_model(model)
+    engine = Engine(model, EngineConfig(max_model_len=128, num_cache_tokens=128))
+    seen = []
+    forward = engine.runner.forward
+    engine.runner.forward = lambda batch: (seen.append(forward(batch)), seen[-1])[1]
+    engine.add(request("x", prompt[0].tolist(), max_tokens=1))
+    run(engine)
+    assert (seen[-1][0] - expected).norm() / expected.norm() < 0.05
