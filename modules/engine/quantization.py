@@ -32,6 +32,7 @@ INT4_MAX = 15
 INT8_MAX = 127
 Floats = NDArray[np.float32]
 _TINY = 1e-30
+_FEWER_STEPS = range(14, 7, -1)  # fewer than 8 are also twice, or thrice, as many
 
 
 class Weights(ABC):
@@ -104,7 +105,7 @@ class Int4Weights(Weights):
         padded = F.pad(weight, (0, matrices.num_inputs - self.num_inputs, 0, rows))
         groups = padded.unflatten(1, (-1, GROUP))
         least, most = (limit[..., None] for limit in groups.aminmax(dim=-1))
-        scales = ((most - least) / INT4_MAX).clamp_min_(_TINY).bfloat16()
+        scales = ((most - least) / _count_steps(groups)).clamp_min_(_TINY).bfloat16()
         minimums = least.bfloat16()
         levels = ((groups - minimums.float()) / scales.float()).round_().clamp_(0, INT4_MAX)
         pairs = levels.byte().numpy().reshape(num_panels, PANEL, -1, 2, QUAD)
@@ -113,6 +114,31 @@ class Int4Weights(Weights):
         for numbers, array in ((scales, matrices.scales), (minimums, matrices.minimums)):
             bits = numbers.view(torch.uint16).numpy().reshape(num_panels, PANEL, -1)
             array[layer] = bits.transpose(0, 2, 1)
+
+
+def _count_steps(groups: Tensor) -> Tensor:
+    """Between the least and the most of each group, [..., 1]: as many as 4 bits have, or fewer.
+
+    Weights that a file has in 4 bits (Q4_0, Q4_K) need not use all of them. On steps of another
+    size they would be rounded once more.
+    """
+    counts = torch.full_like(groups[..., :1], INT4_MAX)
+    rows = groups[:PANEL]
+    if all((_misfit(rows, count) >= _misfit(rows, INT4_MAX) / 8).all() for count in _FEWER_STEPS):
+        return counts
+    least = _misfit(groups, INT4_MAX) / 8
+    for count in _FEWER_STEPS:
+        misfit = _misfit(groups, count)
+        counts[misfit < least] = count
+        least = torch.minimum(least, misfit)
+    return counts
+
+
+def _misfit(groups: Tensor, count: int) -> Tensor:
+    """How far at most weights are from steps, `count` of which are between the outer ones."""
+    least, most = (limit[..., None] for limit in groups.aminmax(dim=-1))
+    steps = (groups - least) * (count / (most - least).clamp_min_(_TINY))
+    return (steps - steps.round()).abs_().amax(-1, keepdim=True)
 
 
 def _pad(count: int, multiple: int) -> int:

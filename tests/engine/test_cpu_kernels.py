@@ -102,6 +102,20 @@ def test_int4_weights_are_as_near_as_16_levels_allow() -> None:
     assert (np.abs(groups * scales + minimums - expected) <= 0.6 * step + 1e-28).all()
 
 
+@pytest.mark.parametrize("num_levels", [16, 13, 9])
+def test_int4_weights_stay_on_a_files_own_levels(num_levels: int) -> None:
+    """Even where a group uses some of them only."""
+    levels = random.integers(0, num_levels, (64, 3, GROUP))
+    levels[..., :2] = 0, num_levels - 1
+    scales = np.abs(floats(64, 3, 1)).astype(np.float16).astype(np.float32) + 1
+    weight = ((levels - 8) * scales).reshape(64, -1).astype(np.float32)
+    weights = Int4Weights(1, 64, 96)
+    weights.set(0, torch.from_numpy(weight))
+    low, high = weights.matrices.packed[0, 0] & 15, weights.matrices.packed[0, 0] >> 4
+    packed = np.stack([low, high], 1).reshape(3, -1, PANEL, QUAD).transpose(2, 0, 1, 3)
+    np.testing.assert_array_equal(packed.reshape(levels.shape), levels)
+
+
 @pytest.mark.parametrize("kind", [Int8Weights, Int4Weights])
 def test_a_row_of_the_product_is_its_own(kind: type[Weights]) -> None:
     weights = kind(1, 192, 576)
