@@ -35,7 +35,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from modules.engine.async_engine import AsyncEngine
 from modules.engine.cache_manager import BLOCK_SIZE
 from modules.engine.engine import Engine, EngineConfig
-from modules.engine.fused_layers import quantize_model
+from modules.engine.fused_layers import FORMATS, quantize_model
 from modules.engine.generate_engine import GenerateEngine
 from modules.engine.probe import count_kv_bytes, probe, probe_alone
 from modules.errors import (
@@ -172,9 +172,12 @@ def _load(found: FoundModel, settings: Settings) -> LoadedModel:
     wished_model_len = _wished_model_len(model.config, tokenizer, settings)
     is_batched = try_out(found.name, model, wished_model_len)
     # After the probe, which compares with the model's own layers.
-    is_int8 = is_batched and _wants_int8(settings, device) and quantize_model(model)
-    if settings.dtype == "int8" and not is_int8:
-        raise ModelLoadError(f"{found.name} cannot be loaded in int8: {_why_not_int8(device)}.")
+    wished = _quantized_dtype(settings, device)
+    is_quantized = is_batched and wished is not None and quantize_model(model, wished)
+    if settings.dtype in FORMATS and not is_quantized:
+        raise ModelLoadError(
+            f"{found.name} cannot be loaded in {settings.dtype}: {_why_not_quantized(device)}."
+        )
     config = _choose_config(model, tokenizer, wished_model_len, is_batched, settings)
     if is_batched:
         pin_rotary_factors(model, config.max_model_len)
@@ -189,7 +192,7 @@ def _load(found: FoundModel, settings: Settings) -> LoadedModel:
         chat_template=_choose_template(found.name, tokenizer, settings),
         continues_prompt=not model.config.is_encoder_decoder,
         device=device,
-        dtype="int8" if is_int8 else str(model.dtype).removeprefix("torch."),
+        dtype=wished if wished and is_quantized else str(model.dtype).removeprefix("torch."),
         engine=AsyncEngine(engine),  # last: it has a thread, which nobody would end
     )
 
@@ -331,21 +334,23 @@ def _source_options(settings: Settings) -> dict[str, Any]:
 
 
 def _choose_dtype(settings: Settings, device: str) -> torch.dtype:
-    """Of the weights as they are loaded; int8 ones are made of float32."""
-    if settings.dtype not in ("auto", "int8"):
+    """Of the weights as they are loaded; those of 4 and 8 bits are made of float32."""
+    if settings.dtype not in ("auto", *FORMATS):
         dtype: torch.dtype = getattr(torch, settings.dtype)
         return dtype
     return torch.bfloat16 if device == "cuda" else torch.float32
 
 
-def _wants_int8(settings: Settings, device: str) -> bool:
-    """Whether the weights are to be int8: on a CPU that has instructions for it, if not asked."""
+def _quantized_dtype(settings: Settings, device: str) -> str | None:
+    """Of `FORMATS`: if nothing is asked for, int8 on a CPU that has instructions for it."""
+    if device != "cpu":
+        return None
     if settings.dtype == "auto":
-        return device == "cpu" and bool(torch.cpu._is_vnni_supported())
-    return settings.dtype == "int8" and device == "cpu"
+        return "int8" if torch.cpu._is_vnni_supported() else None
+    return settings.dtype if settings.dtype in FORMATS else None
 
 
-def _why_not_int8(device: str) -> str:
+def _why_not_quantized(device: str) -> str:
     return "its layers are not known" if device == "cpu" else "that is for the CPU"
 
 

@@ -1,5 +1,5 @@
-"""The compiled functions of the CPU path, over numpy arrays: int8 matrix products, norms, rotary
-positions, activations, attention over paged keys and values.
+"""The compiled functions of the CPU path, over numpy arrays: int8 and int4 matrix products, norms,
+rotary positions, activations, attention over paged keys and values.
 
 Numba compiles them to this processor's vector instructions at first use and keeps the result on
 disk, so no C++ compiler is needed. They are in one file because that cache notices the changes of
@@ -19,7 +19,7 @@ import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
 from numba import njit, prange, types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 PANEL = 64
 """Columns of a packed weight that lie together; a block of keys has as many positions."""
@@ -29,8 +29,10 @@ UNROLL = 2
 """Quads per turn of the inner loop; the number of inputs is padded to a multiple."""
 MIXED_TOGETHER = 16
 """Neighbouring entries that `quantize_gated` mixes with others, but not with each other."""
+GROUP = 32
+"""Neighbouring inputs that share a scale where the weight has 4 bits."""
 ZERO_POINT = 128
-"""Activations are stored unsigned, as the instruction wants one factor: 128 means 0."""
+"""Int8 weights are stored unsigned, as the instruction wants one factor: 128 means 0."""
 
 _LOG2_E = np.float32(1.4426950408889634)
 _MASKED = np.float32(-1e30)  # not infinite: differences of two stay numbers
@@ -156,20 +158,21 @@ class _Emitter:
 def make_int8_tile(unit: VectorUnit) -> Callable[..., None]:
     """A function for compiled code: a tile of a product with a packed weight.
 
-    Its arguments are numbers and addresses: how many rows; the activations (uint8) and their bytes
-    per row; the weight's first column in its panel (int8) and its number of quads; the columns'
-    offsets (int32); the rows' and the columns' scales (float32); the result (float32) and its
-    floats per row.
+    Its arguments are numbers and addresses: how many rows; the activations (int8) and their bytes
+    per row; the weight's first column in its panel (uint8) and its number of quads; the rows' sums
+    (int32); the rows' and the columns' scales (float32); the result (float32) and its floats per
+    row.
     """
 
     def emit_rows(builder: Any, rows: int, args: Any) -> None:
-        a, a_stride, b, num_quads, offsets, a_scales, b_scales, out, out_stride = args
+        a, a_stride, b, num_quads, a_sums, a_scales, b_scales, out, out_stride = args
         emit = _Emitter(builder, unit, rows, unit.vectors)
         size = unit.lanes * 4
         row_starts = [builder.add(a, emit.offset(a_stride, row)) for row in range(rows)]
-        initial = [
-            emit.load(offsets, _LONG(vector * size), emit.ints) for vector in range(unit.vectors)
-        ]
+        initial = []
+        for row in range(rows):
+            offset = builder.mul(emit.load(a_sums, _LONG(row * 4), _INT), _INT(-ZERO_POINT))
+            initial += [emit.splat(offset, emit.ints)] * unit.vectors
 
         def turn(index: Any, sums: list[Any]) -> None:
             for part in range(UNROLL):
@@ -184,9 +187,9 @@ def make_int8_tile(unit: VectorUnit) -> Callable[..., None]:
                     levels = builder.bitcast(emit.splat(four, emit.ints), emit.bytes)
                     for vector, weight in enumerate(weights):
                         number = row * unit.vectors + vector
-                        sums[number] = emit.add_products(sums[number], levels, weight)
+                        sums[number] = emit.add_products(sums[number], weight, levels)
 
-        sums = emit.loop(num_quads, UNROLL, initial * rows, turn)
+        sums = emit.loop(num_quads, UNROLL, initial, turn)
         for row in range(rows):
             a_scale = emit.splat(emit.load(a_scales, _LONG(row * 4), _FLOAT), emit.floats)
             start = builder.add(out, emit.offset(out_stride, row * 4))
@@ -204,14 +207,112 @@ def make_int8_tile(unit: VectorUnit) -> Callable[..., None]:
         a_stride: Any,
         b: Any,
         num_quads: Any,
-        offsets: Any,
+        a_sums: Any,
         a_scales: Any,
         b_scales: Any,
         out: Any,
         out_stride: Any,
     ) -> Any:
         return types.void(
-            num_rows, a, a_stride, b, num_quads, offsets, a_scales, b_scales, out, out_stride
+            num_rows, a, a_stride, b, num_quads, a_sums, a_scales, b_scales, out, out_stride
+        ), _switch(unit.rows, emit_rows)
+
+    return tile
+
+
+def int4_vectors(unit: VectorUnit) -> int:
+    """Per row of a tile of `make_int4_tile`: the sums of one group need as many registers."""
+    return unit.vectors // 2
+
+
+def make_int4_tile(unit: VectorUnit) -> Callable[..., None]:
+    """A function for compiled code: a tile of a product with a packed weight of 4 bits.
+
+    Its arguments are numbers and addresses: how many rows; the activations (int8) and their groups
+    per row; their sums (int32) and scales (float32); the weight's first column in its panel, of
+    its levels (two to a byte), scales and minimums (bfloat16); the result (float32) and its floats
+    per row.
+    """
+    vectors = int4_vectors(unit)
+    pairs = GROUP // (2 * QUAD)
+
+    def emit_rows(builder: Any, rows: int, args: Any) -> None:
+        a, num_groups, a_sums, a_scales, b, b_scales, b_minimums, out, out_stride = args
+        emit = _Emitter(builder, unit, rows, vectors)
+        size = unit.lanes * 4
+        multiply_add = builder.module.declare_intrinsic(
+            f"llvm.fma.v{unit.lanes}f32", (), ir.FunctionType(emit.floats, [emit.floats] * 3)
+        )
+        row_starts = [builder.add(a, emit.offset(num_groups, row * GROUP)) for row in range(rows)]
+        low, four_bits = (
+            ir.Constant(emit.bytes, [number] * (unit.lanes * QUAD)) for number in (15, 4)
+        )
+        zero_ints, zero_floats = (ir.Constant(kind, None) for kind in (emit.ints, emit.floats))
+
+        def add_quad(index: Any, quad: int, weights: list[Any], dots: list[Any]) -> None:
+            at = builder.add(emit.offset(index, GROUP), _LONG(quad * QUAD))
+            for row, start in enumerate(row_starts):
+                levels = builder.bitcast(
+                    emit.splat(emit.load(start, at, _INT), emit.ints), emit.bytes
+                )
+                for vector, weight in enumerate(weights):
+                    number = row * vectors + vector
+                    dots[number] = emit.add_products(dots[number], weight, levels)
+
+        def turn(index: Any, sums: list[Any]) -> None:
+            dots = [zero_ints] * len(sums)
+            columns = builder.add(b, emit.offset(index, PANEL * GROUP // 2))
+            for pair in range(pairs):
+                both = [
+                    emit.load(columns, _LONG(pair * PANEL * QUAD + vector * size), emit.bytes)
+                    for vector in range(vectors)
+                ]
+                add_quad(index, 2 * pair, [builder.and_(two, low) for two in both], dots)
+                add_quad(index, 2 * pair + 1, [builder.lshr(two, four_bits) for two in both], dots)
+            scales, minimums = (
+                [
+                    emit.load_floats(
+                        builder.add(base, emit.offset(index, PANEL * 2)), vector * unit.lanes, True
+                    )
+                    for vector in range(vectors)
+                ]
+                for base in (b_scales, b_minimums)
+            )
+            for row in range(rows):
+                at = emit.offset(builder.add(emit.offset(num_groups, row), index), 4)
+                a_sum = builder.sitofp(
+                    emit.splat(emit.load(a_sums, at, _INT), emit.ints), emit.floats
+                )
+                a_scale = emit.splat(emit.load(a_scales, at, _FLOAT), emit.floats)
+                for vector in range(vectors):
+                    number = row * vectors + vector
+                    dot = builder.sitofp(dots[number], emit.floats)
+                    rest = builder.fmul(a_sum, minimums[vector])
+                    value = builder.call(multiply_add, [dot, scales[vector], rest])
+                    sums[number] = builder.call(multiply_add, [value, a_scale, sums[number]])
+
+        sums = emit.loop(num_groups, 1, [zero_floats] * (rows * vectors), turn)
+        for row in range(rows):
+            start = builder.add(out, emit.offset(out_stride, row * 4))
+            for vector in range(vectors):
+                emit.store(sums[row * vectors + vector], start, _LONG(vector * size))
+
+    @intrinsic
+    def tile(
+        typing: Any,
+        num_rows: Any,
+        a: Any,
+        num_groups: Any,
+        a_sums: Any,
+        a_scales: Any,
+        b: Any,
+        b_scales: Any,
+        b_minimums: Any,
+        out: Any,
+        out_stride: Any,
+    ) -> Any:
+        return types.void(
+            num_rows, a, num_groups, a_sums, a_scales, b, b_scales, b_minimums, out, out_stride
         ), _switch(unit.rows, emit_rows)
 
     return tile
@@ -321,11 +422,13 @@ def _to_type_of(typing: Any, array: Any, value: Any) -> Any:
 
 
 _int8_tile = make_int8_tile(UNIT)
+_int4_tile = make_int4_tile(UNIT)
 _float_tile = make_float_tile(UNIT, UNIT.vectors)
 _narrow_float_tile = make_float_tile(UNIT, 1)
 _TILE_ROWS = UNIT.rows
 _LANES = UNIT.lanes
 _TILE_COLUMNS = UNIT.lanes * UNIT.vectors
+_INT4_TILE_COLUMNS = UNIT.lanes * int4_vectors(UNIT)
 
 
 @njit(fastmath=True)
@@ -344,72 +447,176 @@ def _exp2(x: Any) -> Any:
 NO_SINKS = np.zeros(0, np.float32)
 
 
-# Int8 products
+# Products of integers
+
+
+class Levels(NamedTuple):
+    """Rows of activations ≈ levels × scales."""
+
+    levels: Any
+    """int8 [num_rows, num_inputs, padded with zeros]"""
+    scales: Any
+    """float32 [num_rows, num_groups]: of the inputs, in equal parts."""
+    sums: Any
+    """int32 [num_rows, num_groups]: of the levels."""
+
+
+class Int8Matrices(NamedTuple):
+    """A weight of every layer ≈ (packed − 128) × scales."""
+
+    packed: Any
+    """uint8 [num_layers, num_panels, num_inputs / 4, 64, 4]"""
+    scales: Any
+    """float32 [num_layers, num_panels, 1, 64]"""
+    num_inputs: int
+    """Padded."""
+
+
+class Int4Matrices(NamedTuple):
+    """A weight of every layer ≈ levels × scales + minimums, these for each group of inputs."""
+
+    packed: Any
+    """uint8 [num_layers, num_panels, num_inputs / 8, 64, 4]: four levels in the lower bits, and the
+    four after them in the upper bits."""
+    scales: Any
+    """bfloat16 (uint16) [num_layers, num_panels, num_groups, 64]"""
+    minimums: Any
+    num_inputs: int
+
+
+@njit(cache=True)
+def make_levels(num_rows: Any, weight: Any) -> Any:
+    """Room for activations that are multiplied with `weight`."""
+    num_groups = weight.scales.shape[2]
+    return Levels(
+        np.zeros((num_rows, weight.num_inputs), np.int8),
+        np.zeros((num_rows, num_groups), np.float32),
+        np.zeros((num_rows, num_groups), np.int32),
+    )
 
 
 @njit(parallel=True, cache=True)  # no fastmath: it would round tiles of other heights otherwise
-def multiply(
-    levels: Any, scales: Any, weight: Any, weight_scales: Any, weight_offsets: Any, out: Any
-) -> None:
-    """out = ((levels − 128) × scales) @ weight.
+def multiply(rows: Any, weight: Any, layer: Any, out: Any) -> None:
+    """out = rows @ the layer's weight, float32 [num_rows, num_panels × 64].
 
-    levels: uint8 [num_rows, num_inputs]; scales: float32 [num_rows]. weight: int8 [num_panels,
-    num_inputs / 4, 64, 4]; weight_scales: float32, weight_offsets: int32, [num_panels, 64] each.
-    out: float32 [num_rows, num_panels × 64].
+    rows: Levels. weight: Int8Matrices or Int4Matrices.
     """
-    num_rows, num_inputs = levels.shape
-    num_columns = out.shape[1]
-    for tile in prange(num_columns // _TILE_COLUMNS):
-        column = tile * _TILE_COLUMNS
-        panel, column_of_panel = divmod(column, PANEL)
+    num_rows, num_columns = out.shape
+    tile_columns = _tile_columns(weight)
+    for tile in prange(num_columns // tile_columns):
+        panel, column = divmod(np.int64(tile) * tile_columns, PANEL)  # it is unsigned
         for row in range(0, num_rows, _TILE_ROWS):
-            _int8_tile(
-                min(num_rows - row, _TILE_ROWS),
-                levels.ctypes.data + row * num_inputs,
-                num_inputs,
-                weight.ctypes.data + panel * num_inputs * PANEL + column_of_panel * QUAD,
-                num_inputs // QUAD,
-                weight_offsets.ctypes.data + column * 4,
-                scales.ctypes.data + row * 4,
-                weight_scales.ctypes.data + column * 4,
-                out.ctypes.data + (row * num_columns + column) * 4,
-                num_columns,
-            )
+            count = min(num_rows - row, _TILE_ROWS)
+            _multiply_tile(count, rows, row, weight, layer, panel, column, out)
+
+
+def _tile_columns(weight: Any) -> int:
+    raise NotImplementedError
+
+
+def _multiply_tile(
+    count: Any, rows: Any, row: Any, weight: Any, layer: Any, panel: Any, column: Any, out: Any
+) -> None:
+    raise NotImplementedError
+
+
+@overload(_tile_columns, strict=False)
+def _choose_tile_columns(weight: Any) -> Any:
+    columns = _INT4_TILE_COLUMNS if weight.instance_class is Int4Matrices else _TILE_COLUMNS
+    return lambda weight: columns
+
+
+@overload(_multiply_tile, strict=False)
+def _choose_tile(
+    count: Any, rows: Any, row: Any, weight: Any, layer: Any, panel: Any, column: Any, out: Any
+) -> Any:
+    def int8(
+        count: Any, rows: Any, row: Any, weight: Any, layer: Any, panel: Any, column: Any, out: Any
+    ) -> None:
+        _int8_tile(
+            count,
+            _at(rows.levels, row),
+            weight.num_inputs,
+            _at(weight.packed, layer, panel) + column * QUAD,
+            weight.packed.shape[2],
+            _at(rows.sums, row),
+            _at(rows.scales, row),
+            _at(weight.scales, layer, panel) + column * 4,
+            _at(out, row) + (panel * PANEL + column) * 4,
+            out.shape[1],
+        )
+
+    def int4(
+        count: Any, rows: Any, row: Any, weight: Any, layer: Any, panel: Any, column: Any, out: Any
+    ) -> None:
+        _int4_tile(
+            count,
+            _at(rows.levels, row),
+            weight.scales.shape[2],
+            _at(rows.sums, row),
+            _at(rows.scales, row),
+            _at(weight.packed, layer, panel) + column * QUAD,
+            _at(weight.scales, layer, panel) + column * 2,
+            _at(weight.minimums, layer, panel) + column * 2,
+            _at(out, row) + (panel * PANEL + column) * 4,
+            out.shape[1],
+        )
+
+    return int4 if weight.instance_class is Int4Matrices else int8
+
+
+@njit
+def _at(array: Any, first: Any, second: Any = 0) -> Any:
+    """The address of array[first, second]."""
+    return array.ctypes.data + first * array.strides[0] + second * array.strides[1]
 
 
 @njit(fastmath=True)
-def _quantize_row(x: Any, factor: Any, levels: Any) -> Any:
-    """levels − 128 = x / scale, rounded, −127 to 127 at most; returns the scale of x × factor."""
-    largest = _TINY
-    for i in range(x.shape[0]):
-        largest = max(largest, abs(x[i]))
-    steps = _INT8_MAX / largest
-    for i in range(x.shape[0]):
-        levels[i] = np.uint8(np.int32(np.rint(x[i] * steps)) + ZERO_POINT)
-    return largest * factor / _INT8_MAX
+def _quantize_row(x: Any, factor: Any, row: Any, out: Any) -> None:
+    """out ≈ x × factor, as row `row`: levels are rounded, −127 to 127 at most."""
+    levels, scales, sums = out
+    size = levels.shape[1] // scales.shape[1]
+    for group in range(scales.shape[1]):
+        start = group * size
+        end = min(start + size, x.shape[0])
+        largest = _TINY
+        for i in range(start, end):
+            largest = max(largest, abs(x[i]))
+        steps = _INT8_MAX / largest
+        total = np.int32(0)
+        for i in range(start, end):
+            level = np.int32(np.rint(x[i] * steps))
+            levels[row, i] = np.int8(level)
+            total += level
+        scales[row, group] = largest * factor / _INT8_MAX
+        sums[row, group] = total
 
 
 @njit(parallel=True, fastmath=True, cache=True)
-def quantize(x: Any, levels: Any, scales: Any) -> None:
-    """x [num_rows, num_inputs] ≈ (levels − 128) × scales; padded columns are left as they are."""
+def quantize(x: Any, out: Any) -> None:
+    """x [num_rows, num_inputs] as `out`, which are Levels."""
     for row in prange(x.shape[0]):
-        scales[row] = _quantize_row(x[row], np.float32(1), levels[row])
+        _quantize_row(x[row], np.float32(1), row, out)
 
 
 @njit(parallel=True, fastmath=True, cache=True)
-def quantize_normed(x: Any, epsilon: Any, levels: Any, scales: Any) -> None:
-    """`quantize` of x with each row divided by its root mean square."""
+def quantize_normed(x: Any, weight: Any, epsilon: Any, weighted: Any, out: Any) -> None:
+    """`quantize` of x with each row divided by its root mean square, times `weight`.
+
+    weighted: like x, to work in.
+    """
     for row in prange(x.shape[0]):
         total = np.float32(0)
         for i in range(x.shape[1]):
             total += x[row, i] * x[row, i]
+            weighted[row, i] = x[row, i] * weight[i]
         mean = total / np.float32(x.shape[1])
         factor = np.float32(1) / np.sqrt(mean + epsilon)
-        scales[row] = _quantize_row(x[row], factor, levels[row])
+        _quantize_row(weighted[row], factor, row, out)
 
 
 @njit(parallel=True, fastmath=True, cache=True)
-def quantize_gated(gate_up: Any, mixed_size: Any, gated: Any, levels: Any, scales: Any) -> None:
+def quantize_gated(gate_up: Any, mixed_size: Any, gated: Any, out: Any) -> None:
     """`quantize` of silu(gate) × up, mixed.
 
     gate_up: [num_rows, 2 × num_inputs or more]; gated: [num_rows, num_inputs], to work in.
@@ -421,7 +628,7 @@ def quantize_gated(gate_up: Any, mixed_size: Any, gated: Any, levels: Any, scale
             sigmoid = np.float32(1) / (np.float32(1) + _exp2(min(-gate * _LOG2_E, _LARGEST)))
             gated[row, i] = gate * sigmoid * gate_up[row, num_inputs + i]
         _mix(gated[row], mixed_size)
-        scales[row] = _quantize_row(gated[row], np.float32(1), levels[row])
+        _quantize_row(gated[row], np.float32(1), row, out)
 
 
 @njit(fastmath=True)
@@ -652,16 +859,8 @@ def _multiply_floats(
 # Layers
 
 
-class Matrices(NamedTuple):
-    """A weight of every layer, packed as `multiply` says, [num_layers, ...] each."""
-
-    packed: Any
-    scales: Any
-    offsets: Any
-
-
 class LayerWeights(NamedTuple):
-    """Of layers of the Llama kind; the norms' weights are part of the matrices after them."""
+    """Of layers of the Llama kind; the matrices are all Int8Matrices or all Int4Matrices."""
 
     qkv: Any
     output: Any
@@ -669,8 +868,10 @@ class LayerWeights(NamedTuple):
     down: Any
     biases: Any
     """Of queries, keys and values: float32 [num_layers, padded outputs], or [num_layers, 0]."""
+    norms: Any
+    """float32 [num_layers, 2, hidden_size]: before the attention and before the MLP."""
     epsilons: Any
-    """float32 [num_layers, 2]: of the norms before the attention and before the MLP."""
+    """float32 [num_layers, 2]: of the norms."""
     windows: Any
     """int64 [num_layers]; 0: none."""
 
@@ -697,44 +898,33 @@ def run_layers(
     `num_gated`: inputs of the down projection. The caches are those of `store`, [num_layers, ...].
     """
     num_tokens = hidden.shape[0]
-    scales = np.empty(num_tokens, np.float32)
-    normed = _make_levels(num_tokens, weights.qkv)
-    attended_levels = _make_levels(num_tokens, weights.output)
-    gated_levels = _make_levels(num_tokens, weights.down)
-    qkv = np.empty((num_tokens, weights.qkv.scales[0].size), np.float32)
+    normed = make_levels(num_tokens, weights.qkv)
+    attended_levels = make_levels(num_tokens, weights.output)
+    gated_levels = make_levels(num_tokens, weights.down)
+    weighted = np.empty(hidden.shape, np.float32)
+    qkv = np.empty((num_tokens, weights.qkv.packed.shape[1] * PANEL), np.float32)
     attended = np.empty((num_tokens, num_heads * head_dim), np.float32)
-    added = np.empty((num_tokens, weights.output.scales[0].size), np.float32)
-    gate_up = np.empty((num_tokens, weights.gate_up.scales[0].size), np.float32)
+    added = np.empty((num_tokens, weights.output.packed.shape[1] * PANEL), np.float32)
+    gate_up = np.empty((num_tokens, weights.gate_up.packed.shape[1] * PANEL), np.float32)
     gated = np.empty((num_tokens, num_gated), np.float32)
     queries = Heads(qkv, 0, num_heads, head_dim)
     keys = Heads(qkv, num_heads * head_dim, num_kv_heads, head_dim)
     values = Heads(qkv, (num_heads + num_kv_heads) * head_dim, num_kv_heads, head_dim)
     for layer in range(weights.windows.shape[0]):
         masking = Masking(scale, weights.windows[layer], np.float32(0), no_sinks)
-        quantize_normed(hidden, weights.epsilons[layer, 0], normed, scales)
-        _multiply_layer(normed, scales, weights.qkv, layer, qkv)
+        norms, epsilons = weights.norms[layer], weights.epsilons[layer]
+        quantize_normed(hidden, norms[0], epsilons[0], weighted, normed)
+        multiply(normed, weights.qkv, layer, qkv)
         if weights.biases.shape[1]:
             qkv += weights.biases[layer]
         rotate(qkv, head_dim, num_heads + num_kv_heads, cos, sin)
         store(keys, values, segments, key_caches[layer], value_caches[layer])
         attend(queries, segments, masking, key_caches[layer], value_caches[layer], attended)
-        quantize(attended, attended_levels, scales)
-        _multiply_layer(attended_levels, scales, weights.output, layer, added)
+        quantize(attended, attended_levels)
+        multiply(attended_levels, weights.output, layer, added)
         add(hidden, added)
-        quantize_normed(hidden, weights.epsilons[layer, 1], normed, scales)
-        _multiply_layer(normed, scales, weights.gate_up, layer, gate_up)
-        quantize_gated(gate_up, mixed_size, gated, gated_levels, scales)
-        _multiply_layer(gated_levels, scales, weights.down, layer, added)
+        quantize_normed(hidden, norms[1], epsilons[1], weighted, normed)
+        multiply(normed, weights.gate_up, layer, gate_up)
+        quantize_gated(gate_up, mixed_size, gated, gated_levels)
+        multiply(gated_levels, weights.down, layer, added)
         add(hidden, added)
-
-
-@njit
-def _make_levels(num_rows: Any, weights: Any) -> Any:
-    return np.full((num_rows, weights.packed.shape[2] * QUAD), ZERO_POINT, np.uint8)
-
-
-@njit
-def _multiply_layer(levels: Any, scales: Any, weights: Any, layer: Any, out: Any) -> None:
-    multiply(
-        levels, scales, weights.packed[layer], weights.scales[layer], weights.offsets[layer], out
-    )

@@ -1,4 +1,5 @@
-"""The decoder layers of known models as one module for the CPU: int8 products, few passes.
+"""The decoder layers of known models as one module for the CPU: products of integers, few
+passes.
 
 Same mathematics as transformers' layers, over rows of packed sequences. What is not known here is
 left as it is.
@@ -21,7 +22,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from modules.engine import cpu_kernels
 from modules.engine.cpu_attention import CpuAttentionBatch
-from modules.engine.quantization import Int8Weights, Rotation, hadamard
+from modules.engine.quantization import Int4Weights, Int8Weights, Rotation, Weights, hadamard
 
 # Layers whose forward is, to the letter, the one below.
 KNOWN_LAYERS: tuple[type[nn.Module], ...] = (
@@ -31,21 +32,31 @@ KNOWN_LAYERS: tuple[type[nn.Module], ...] = (
 )
 
 
-def quantize_model(model: PreTrainedModel) -> bool:
-    """Exchange the layers of `model` for int8 ones, in place; False if they are not known."""
+FORMATS: dict[str, type[Weights]] = {"int8": Int8Weights, "int4": Int4Weights}
+
+
+def quantize_model(model: PreTrainedModel, dtype: str = "int8") -> bool:
+    """Exchange the layers of `model` for those of a format, in place; False if they are not known.
+
+    The head becomes int8 in any case. In int8 hidden states are rotated from the embeddings on. In
+    int4 they are not: groups keep outliers apart, and weights that a file has in 4 bits stay what
+    they are.
+    """
     base: Any = model.base_model
     layers = getattr(base, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not all(_is_known(layer) for layer in layers):
         return False
-    rotation = Rotation(base.config.hidden_size)
     head = model.get_output_embeddings()
-    int8_head = _Int8Head(rotation.apply(_fold(head.weight, base.norm)), head.bias)
-    base.norm.weight.data = torch.ones_like(base.norm.weight)
-    base.embed_tokens.weight = nn.Parameter(
-        rotation.apply(base.embed_tokens.weight.detach().float()), requires_grad=False
-    )
-    model.set_output_embeddings(int8_head)
-    base.layers = nn.ModuleList([Int8Layers(layers, rotation)])
+    head_weight, rotation = head.weight.detach().float(), None
+    if dtype == "int8":
+        rotation = Rotation(base.config.hidden_size)
+        head_weight = rotation.apply(_fold(head.weight, base.norm))
+        base.norm.weight.data = torch.ones_like(base.norm.weight)
+        base.embed_tokens.weight = nn.Parameter(
+            rotation.apply(base.embed_tokens.weight.detach().float()), requires_grad=False
+        )
+    base.layers = nn.ModuleList([FusedLayers(layers, FORMATS[dtype], rotation)])
+    model.set_output_embeddings(_Int8Head(head_weight, head.bias))
     for parameter in model.parameters():
         # One tensor that still lies in the mapped file of weights would keep all of it in memory.
         parameter.data = parameter.data.clone()
@@ -60,10 +71,13 @@ def _is_known(layer: Any) -> bool:
     return type(mlp.act_fn) in (nn.SiLU, SiLUActivation) and all(p.bias is None for p in unbiased)
 
 
-class Int8Layers(nn.Module):
+class FusedLayers(nn.Module):
     """All layers of a model. It stands where the first of them stood."""
 
-    def __init__(self, layers: nn.ModuleList, rotation: Rotation) -> None:
+    def __init__(
+        self, layers: nn.ModuleList, kind: type[Weights], rotation: Rotation | None
+    ) -> None:
+        """`rotation`: that of the hidden states."""
         super().__init__()
         first: Any = layers[0]
         attention, mlp = first.self_attn, first.mlp
@@ -74,22 +88,28 @@ class Int8Layers(nn.Module):
         hidden_size, num_gated = mlp.gate_proj.in_features, mlp.gate_proj.out_features
         num_qkv = (self._num_heads + 2 * self._num_kv_heads) * self._head_dim
         self._num_gated = num_gated
-        self._mixed_size = _mixed_size(num_gated)
-        qkv = Int8Weights(len(layers), num_qkv, hidden_size)
-        output = Int8Weights(len(layers), hidden_size, self._num_heads * self._head_dim)
-        gate_up = Int8Weights(len(layers), 2 * num_gated, hidden_size)
-        down = Int8Weights(len(layers), hidden_size, num_gated)
+        self._mixed_size = _mixed_size(num_gated) if rotation else 1
+        qkv = kind(len(layers), num_qkv, hidden_size)
+        output = kind(len(layers), hidden_size, self._num_heads * self._head_dim)
+        gate_up = kind(len(layers), 2 * num_gated, hidden_size)
+        down = kind(len(layers), hidden_size, num_gated)
         self._weights = cpu_kernels.LayerWeights(
             qkv.matrices,
             output.matrices,
             gate_up.matrices,
             down.matrices,
-            biases=_stack_biases(layers, qkv.matrices.scales[0].size),
+            biases=_stack_biases(layers, qkv.matrices.packed.shape[1] * cpu_kernels.PANEL),
+            norms=np.ones((len(layers), 2, hidden_size), np.float32),
             epsilons=np.array([_epsilons(layer) for layer in layers], np.float32),
             windows=np.array([_sliding_window(layer) or 0 for layer in layers], np.int64),
         )
         for index, layer in enumerate(layers):
-            parts = _rotate_weights(layer, rotation, self._mixed_size)
+            if rotation:
+                parts = _rotate_weights(layer, rotation, self._mixed_size)
+            else:
+                parts = _collect_weights(layer)
+                for row, norm in zip(self._weights.norms[index], _norms(layer), strict=True):
+                    row[:] = norm.weight.detach().float().numpy()
             for weights, weight in zip((qkv, output, gate_up, down), parts, strict=True):
                 weights.set(index, weight)
 
@@ -139,21 +159,28 @@ class _Int8Head(nn.Module):
         return logits[None] if self._bias is None else logits[None] + self._bias
 
 
-def _rotate_weights(
-    layer: Any, rotation: Rotation, mixed_size: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Queries, keys and values; output; gate and up; down: for rotated hidden states.
+Parts = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Queries, keys and values; output; gate and up; down."""
 
-    The norms' weights become part of the weights after them.
-    """
+
+def _collect_weights(layer: Any) -> Parts:
     attention, mlp = layer.self_attn, layer.mlp
     qkv = torch.cat([p.weight for p in (attention.q_proj, attention.k_proj, attention.v_proj)])
     gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
+    weights = qkv, attention.o_proj.weight, gate_up, mlp.down_proj.weight
+    qkv, output, gate_up, down = (weight.detach().float() for weight in weights)
+    return qkv, output, gate_up, down
+
+
+def _rotate_weights(layer: Any, rotation: Rotation, mixed_size: int) -> Parts:
+    """For rotated hidden states. The norms' weights become part of the weights after them."""
+    qkv, output, gate_up, down = _collect_weights(layer)
+    before_attention, before_mlp = _norms(layer)
     return (
-        rotation.apply(_fold(qkv, layer.input_layernorm)),
-        rotation.apply(attention.o_proj.weight.detach().float().t()).t(),
-        rotation.apply(_fold(gate_up, layer.post_attention_layernorm)),
-        _mix_inputs(rotation.apply(mlp.down_proj.weight.detach().float().t()).t(), mixed_size),
+        rotation.apply(_fold(qkv, before_attention)),
+        rotation.apply(output.t()).t(),
+        rotation.apply(_fold(gate_up, before_mlp)),
+        _mix_inputs(rotation.apply(down.t()).t(), mixed_size),
     )
 
 
@@ -190,8 +217,12 @@ def _stack_biases(layers: nn.ModuleList, num_columns: int) -> NDArray[np.float32
 
 
 def _epsilons(layer: Any) -> tuple[float, float]:
-    norms = layer.input_layernorm, layer.post_attention_layernorm
-    return norms[0].variance_epsilon, norms[1].variance_epsilon
+    before_attention, before_mlp = _norms(layer)
+    return before_attention.variance_epsilon, before_mlp.variance_epsilon
+
+
+def _norms(layer: Any) -> tuple[Any, Any]:
+    return layer.input_layernorm, layer.post_attention_layernorm
 
 
 def _sliding_window(layer: Any) -> int | None:

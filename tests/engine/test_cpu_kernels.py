@@ -15,8 +15,8 @@ from numba import njit
 from modules.engine import cpu_kernels
 from modules.engine.attention import Segment
 from modules.engine.cpu_attention import CpuAttention
-from modules.engine.cpu_kernels import PANEL, QUAD, UNIT, VectorUnit
-from modules.engine.quantization import Int8Weights, Rotation, hadamard
+from modules.engine.cpu_kernels import GROUP, PANEL, QUAD, UNIT, Levels, VectorUnit
+from modules.engine.quantization import Int4Weights, Int8Weights, Rotation, Weights, hadamard
 
 random = np.random.default_rng(0)
 
@@ -25,12 +25,33 @@ def floats(*shape: int) -> Any:
     return random.standard_normal(shape).astype(np.float32)
 
 
-# Int8
+def make_levels(num_rows: int, num_inputs: int, num_groups: int = 1) -> Levels:
+    return Levels(
+        np.zeros((num_rows, num_inputs), np.int8),
+        np.zeros((num_rows, num_groups), np.float32),
+        np.zeros((num_rows, num_groups), np.int32),
+    )
+
+
+def restore(levels: Levels) -> Any:
+    """The numbers that they stand for, float64."""
+    num_rows, num_groups = levels.scales.shape
+    groups = levels.levels.reshape(num_rows, num_groups, -1).astype(np.float64)
+    np.testing.assert_array_equal(groups.sum(-1), levels.sums)
+    return (groups * levels.scales[..., None]).reshape(num_rows, -1)
+
+
+def as_floats(bits: Any) -> Any:
+    """Of bfloat16."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+# Products of integers
 
 
 @pytest.mark.parametrize("num_rows", [*range(1, 9), 13, 64])
 @pytest.mark.parametrize(("num_outputs", "num_inputs"), [(64, 8), (100, 36), (960, 576)])
-def test_product_with_a_weight(num_rows: int, num_outputs: int, num_inputs: int) -> None:
+def test_product_with_an_int8_weight(num_rows: int, num_outputs: int, num_inputs: int) -> None:
     """Exact but for the rounding of both factors to 127 levels."""
     weight, x = floats(num_outputs, num_inputs), floats(num_rows, num_inputs)
     weights = Int8Weights(2, num_outputs, num_inputs)
@@ -44,8 +65,60 @@ def test_product_with_a_weight(num_rows: int, num_outputs: int, num_inputs: int)
     np.testing.assert_allclose(weights.multiply(1, x), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_row_of_the_product_is_its_own() -> None:
-    weights = Int8Weights(1, 192, 576)
+@pytest.mark.parametrize("num_rows", [*range(1, 9), 13, 64])
+@pytest.mark.parametrize(("num_outputs", "num_inputs"), [(64, 32), (100, 40), (960, 576)])
+def test_product_with_an_int4_weight(num_rows: int, num_outputs: int, num_inputs: int) -> None:
+    """Exact for a weight that has 16 levels per group, but for the rounding of activations."""
+    num_groups = -(-num_inputs // GROUP)
+    levels = random.integers(0, 16, (num_outputs, num_groups, GROUP))
+    levels[..., :2] = 0, 15
+    levels[:, -1, num_inputs % GROUP :] *= num_inputs % GROUP == 0
+    scales = random.integers(1, 9, (num_outputs, num_groups, 1)) / 16
+    least = -random.integers(0, 16, (num_outputs, num_groups, 1)) * scales
+    least[:, -1] *= num_inputs % GROUP == 0
+    whole = (levels * scales + least).astype(np.float32).reshape(num_outputs, -1)
+    weight, x = whole[:, :num_inputs], floats(num_rows, num_inputs)
+    weights = Int4Weights(2, num_outputs, num_inputs)
+    weights.set(1, torch.from_numpy(weight))
+    rounded = make_levels(num_rows, num_groups * GROUP, num_groups)
+    cpu_kernels.quantize(x, rounded)
+    expected = restore(rounded) @ whole.astype(np.float64).T
+    np.testing.assert_allclose(weights.multiply(1, x), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_int4_weights_are_as_near_as_16_levels_allow() -> None:
+    weight = torch.from_numpy(floats(64, 96)) * torch.tensor([1e-20, 1.0, 1e6]).repeat_interleave(
+        GROUP
+    )
+    weight[3, :GROUP] = 0
+    weights = Int4Weights(1, 64, 96)
+    weights.set(0, weight)
+    (packed,), (scales,), (minimums,), _ = weights.matrices
+    levels = np.stack([packed[0] & 15, packed[0] >> 4], 1).reshape(3, -1, PANEL, QUAD)
+    groups = levels.transpose(2, 0, 1, 3).reshape(PANEL, 3, GROUP)
+    scales, minimums = (as_floats(bits[0]).T[..., None] for bits in (scales, minimums))
+    expected = weight.numpy().reshape(64, 3, GROUP)
+    step = np.ptp(expected, -1, keepdims=True) / 15
+    assert (np.abs(groups * scales + minimums - expected) <= 0.6 * step + 1e-28).all()
+
+
+@pytest.mark.parametrize("num_levels", [16, 13, 9])
+def test_int4_weights_stay_on_a_files_own_levels(num_levels: int) -> None:
+    """Even where a group uses some of them only."""
+    levels = random.integers(0, num_levels, (64, 3, GROUP))
+    levels[..., :2] = 0, num_levels - 1
+    scales = np.abs(floats(64, 3, 1)).astype(np.float16).astype(np.float32) + 1
+    weight = ((levels - 8) * scales).reshape(64, -1).astype(np.float32)
+    weights = Int4Weights(1, 64, 96)
+    weights.set(0, torch.from_numpy(weight))
+    low, high = weights.matrices.packed[0, 0] & 15, weights.matrices.packed[0, 0] >> 4
+    packed = np.stack([low, high], 1).reshape(3, -1, PANEL, QUAD).transpose(2, 0, 1, 3)
+    np.testing.assert_array_equal(packed.reshape(levels.shape), levels)
+
+
+@pytest.mark.parametrize("kind", [Int8Weights, Int4Weights])
+def test_a_row_of_the_product_is_its_own(kind: type[Weights]) -> None:
+    weights = kind(1, 192, 576)
     weights.set(0, torch.from_numpy(floats(192, 576)))
     x = floats(64, 576)
     whole = weights.multiply(0, x)
@@ -53,71 +126,122 @@ def test_a_row_of_the_product_is_its_own() -> None:
         np.testing.assert_array_equal(weights.multiply(0, x[rows]), whole[rows])
 
 
-@pytest.mark.parametrize(
-    "unit", [UNIT, replace(UNIT, dot=None), VectorUnit(8, 5, 2, None), VectorUnit(4, 3, 4, None)]
-)
-def test_tile_of_every_vector_unit(unit: VectorUnit) -> None:
+UNITS = (UNIT, replace(UNIT, dot=None), VectorUnit(8, 5, 2, None), VectorUnit(4, 3, 4, None))
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_int8_tile_of_every_vector_unit(unit: VectorUnit) -> None:
     """Those of other processors too: without their instruction the same sums are taken."""
     tile = cpu_kernels.make_int8_tile(unit)
     num_columns = unit.lanes * unit.vectors
 
     @njit
-    def run(levels, scales, packed, offsets, weight_scales, out):  # type: ignore[no-untyped-def]
+    def run(levels, scales, packed, sums, weight_scales, out):  # type: ignore[no-untyped-def]
         tile(
             levels.shape[0],
             levels.ctypes.data,
             levels.shape[1],
             packed.ctypes.data,
             packed.shape[0],
-            offsets.ctypes.data,
+            sums.ctypes.data,
             scales.ctypes.data,
             weight_scales.ctypes.data,
             out.ctypes.data,
             out.shape[1],
         )
 
-    packed = random.integers(-127, 128, (12, PANEL, QUAD), dtype=np.int8)
-    offsets = random.integers(-1000, 1000, PANEL, dtype=np.int32)
+    packed = random.integers(0, 256, (12, PANEL, QUAD), dtype=np.uint8)
     weight_scales = floats(PANEL)
     for num_rows in range(1, unit.rows + 1):
-        levels = random.integers(0, 256, (num_rows, 48), dtype=np.uint8)
-        scales = floats(num_rows)
+        levels = random.integers(-127, 128, (num_rows, 48), dtype=np.int8)
+        scales, sums = floats(num_rows), levels.sum(1, dtype=np.int32)
         out = np.zeros((num_rows, num_columns), np.float32)
-        run(levels, scales, packed, offsets, weight_scales, out)
+        run(levels, scales, packed, sums, weight_scales, out)
         weight = packed.transpose(0, 2, 1).reshape(48, PANEL).astype(np.int64)
-        sums = levels.astype(np.int64) @ weight + offsets
-        expected = (sums * scales[:, None] * weight_scales)[:, :num_columns]
+        products = levels.astype(np.int64) @ (weight - cpu_kernels.ZERO_POINT)
+        expected = (products * scales[:, None] * weight_scales)[:, :num_columns]
         np.testing.assert_allclose(out, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("unit", UNITS)
+def test_int4_tile_of_every_vector_unit(unit: VectorUnit) -> None:
+    """Of each height; and a row is the same to the last bit in all of them."""
+    tile = cpu_kernels.make_int4_tile(unit)
+    num_columns = unit.lanes * cpu_kernels.int4_vectors(unit)
+
+    @njit
+    def run(levels, sums, scales, packed, weight_scales, minimums, out):  # type: ignore[no-untyped-def]
+        tile(
+            levels.shape[0],
+            levels.ctypes.data,
+            scales.shape[1],
+            sums.ctypes.data,
+            scales.ctypes.data,
+            packed.ctypes.data,
+            weight_scales.ctypes.data,
+            minimums.ctypes.data,
+            out.ctypes.data,
+            out.shape[1],
+        )
+
+    weight = random.integers(0, 16, (3 * GROUP, PANEL), dtype=np.uint8)
+    pairs = weight.reshape(-1, 2, QUAD, PANEL).transpose(1, 0, 3, 2)
+    packed = np.ascontiguousarray(pairs[0] | pairs[1] << 4)
+    weight_scales, minimums = (
+        (floats(3, PANEL).view(np.uint32) >> 16).astype(np.uint16) for _ in "12"
+    )
+    factors, least = (
+        as_floats(bits).astype(np.float64).repeat(GROUP, 0) for bits in (weight_scales, minimums)
+    )
+    rows = make_levels(unit.rows, 3 * GROUP, 3)
+    cpu_kernels.quantize(floats(unit.rows, 3 * GROUP), rows)
+    expected = (restore(rows) @ (weight * factors + least))[:, :num_columns]
+    whole = np.zeros((unit.rows, num_columns), np.float32)
+    run(rows.levels, rows.sums, rows.scales, packed, weight_scales, minimums, whole)
+    np.testing.assert_allclose(whole, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    for num_rows in range(1, unit.rows):
+        some = np.zeros((num_rows, num_columns), np.float32)
+        run(
+            rows.levels[:num_rows],
+            rows.sums[:num_rows],
+            rows.scales[:num_rows],
+            packed,
+            weight_scales,
+            minimums,
+            some,
+        )
+        np.testing.assert_array_equal(some, whole[:num_rows])
+
+
 def test_a_row_of_zeros_stays_zero() -> None:
-    levels, scales = np.zeros((2, 8), np.uint8), np.zeros(2, np.float32)
-    cpu_kernels.quantize(np.zeros((2, 8), np.float32), levels, scales)
-    assert (levels == cpu_kernels.ZERO_POINT).all() and np.isfinite(scales).all()
+    levels = make_levels(2, 8)
+    cpu_kernels.quantize(np.zeros((2, 8), np.float32), levels)
+    assert not levels.levels.any() and np.isfinite(levels.scales).all()
 
 
-def test_normed_rows() -> None:
+@pytest.mark.parametrize("num_groups", [1, 3])
+def test_normed_rows(num_groups: int) -> None:
     x = floats(3, 96) * np.array([[1e-3], [1], [1e4]], np.float32)
-    levels, scales = np.zeros((3, 96), np.uint8), np.zeros(3, np.float32)
-    cpu_kernels.quantize_normed(x, np.float32(1e-6), levels, scales)
-    expected = F.rms_norm(torch.from_numpy(x), (96,), eps=1e-6).numpy()
-    restored = (levels.astype(np.float32) - cpu_kernels.ZERO_POINT) * scales[:, None]
-    largest = np.abs(expected).max(1, keepdims=True)
-    assert (np.abs(restored - expected) <= largest * 0.5 / 127 * 1.001).all()
+    weight, levels = floats(96), make_levels(3, 96, num_groups)
+    cpu_kernels.quantize_normed(x, weight, np.float32(1e-6), np.empty_like(x), levels)
+    expected = F.rms_norm(torch.from_numpy(x), (96,), torch.from_numpy(weight), 1e-6).numpy()
+    largest = np.abs(expected).reshape(3, num_groups, -1).max(-1).repeat(96 // num_groups, 1)
+    assert (np.abs(restore(levels) - expected) <= largest * 0.5 / 127 * 1.001).all()
 
 
 @pytest.mark.parametrize("size", [0, 16, 32, 64])
 def test_gated_and_mixed_rows(size: int) -> None:
     gate_up = floats(3, 2 * 64) * np.array([[1], [30], [200]], np.float32)
-    gated, levels, scales = np.zeros((3, 64), np.float32), np.zeros((3, 64), np.uint8), floats(3)
-    cpu_kernels.quantize_gated(gate_up, size, gated, levels, scales)
+    gated, levels = np.zeros((3, 64), np.float32), make_levels(3, 64)
+    cpu_kernels.quantize_gated(gate_up, size, gated, levels)
     gate, up = torch.from_numpy(gate_up).double().chunk(2, -1)
     mixer = hadamard(max(1, size // 16)).double()
     parts = (F.silu(gate) * up).unflatten(-1, (-1, len(mixer), 16))
     expected = (mixer @ parts).flatten(1).numpy()
     np.testing.assert_allclose(gated, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
-    restored = (levels.astype(np.float32) - cpu_kernels.ZERO_POINT) * scales[:, None]
-    assert (np.abs(restored - gated) <= np.abs(gated).max(1, keepdims=True) * 0.51 / 127).all()
+    assert (
+        np.abs(restore(levels) - gated) <= np.abs(gated).max(1, keepdims=True) * 0.51 / 127
+    ).all()
 
 
 def test_rotary_positions() -> None:

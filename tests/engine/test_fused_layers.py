@@ -1,4 +1,4 @@
-"""Int8 layers against the ones they stand for, and a sequence's tokens alone against in company."""
+"""Int8 and int4 layers against the ones they stand for, and tokens alone against in company."""
 
 from __future__ import annotations
 
@@ -9,24 +9,29 @@ import torch
 from transformers import LlamaConfig, Qwen2Config
 
 from modules.engine.attention import Segment
+from modules.engine.cpu_kernels import GROUP
 from modules.engine.engine import Engine, EngineConfig
-from modules.engine.fused_layers import Int8Layers, quantize_model
+from modules.engine.fused_layers import FusedLayers, quantize_model
 from tests.engine.conftest import CONFIGS, SHAPE, build_model, request, run, token_ids
 from tests.engine.test_engine import random_prompts
 
 CONFIGS = CONFIGS | {"qwen2": Qwen2Config(**{k: v for k, v in SHAPE.items() if k != "head_dim"})}
 KNOWN = ("llama", "mistral-sliding", "qwen2")
+formats = pytest.mark.parametrize("dtype", ["int8", "int4"])
 
 
+@formats
 @pytest.mark.parametrize("name", KNOWN)
-def test_the_model_says_nearly_the_same(name: str, make_engine) -> None:
+def test_the_model_says_nearly_the_same(name: str, dtype: str) -> None:
     """Logits of every position of a prompt, through the cache, against transformers' own."""
     model = build_model(name, CONFIGS)
+    if dtype == "int4":
+        round_weights(model)
     prompt = random_prompts(1, 60)[0]
     with torch.inference_mode():
         expected = model(torch.tensor([prompt])).logits[0]
-    assert quantize_model(quantized := copy.deepcopy(model))
-    assert isinstance(quantized.base_model.layers[0], Int8Layers)
+    assert quantize_model(quantized := copy.deepcopy(model), dtype)
+    assert isinstance(quantized.base_model.layers[0], FusedLayers)
 
     seen = []
     engine = Engine(quantized, EngineConfig(max_model_len=512, num_cache_tokens=512))
@@ -39,10 +44,13 @@ def test_the_model_says_nearly_the_same(name: str, make_engine) -> None:
     assert relative < 0.05
 
 
+@formats
 @pytest.mark.parametrize("name", KNOWN)
-def test_logits_are_the_same_to_the_last_bit_in_any_company_and_any_chunks(name: str) -> None:
+def test_logits_are_the_same_to_the_last_bit_in_any_company_and_any_chunks(
+    name: str, dtype: str
+) -> None:
     model = build_model(name, CONFIGS)
-    assert quantize_model(model)
+    assert quantize_model(model, dtype)
     prompts = torch.randint(3, SHAPE["vocab_size"], (3, 150)).tolist()
 
     def read(chunk_size: int, company: bool) -> torch.Tensor:
@@ -74,10 +82,11 @@ def test_logits_are_the_same_to_the_last_bit_in_any_company_and_any_chunks(name:
             assert torch.equal(read(chunk_size, company), expected), (chunk_size, company)
 
 
+@formats
 @pytest.mark.parametrize("name", KNOWN)
-def test_tokens_alone_equal_tokens_in_company(name: str) -> None:
+def test_tokens_alone_equal_tokens_in_company(name: str, dtype: str) -> None:
     model = build_model(name, CONFIGS)
-    assert quantize_model(model)
+    assert quantize_model(model, dtype)
 
     def build() -> Engine:
         config = EngineConfig(
@@ -99,10 +108,11 @@ def test_tokens_alone_equal_tokens_in_company(name: str) -> None:
         assert token_ids(run(alone)[wish.request_id]) == token_ids(outputs[wish.request_id])
 
 
-def test_what_is_not_known_is_left_as_it_is() -> None:
+@formats
+def test_what_is_not_known_is_left_as_it_is(dtype: str) -> None:
     model = build_model("gemma2-softcap-sliding", CONFIGS)
     before = [type(layer) for layer in model.base_model.layers]
-    assert not quantize_model(model)
+    assert not quantize_model(model, dtype)
     assert [type(layer) for layer in model.base_model.layers] == before
 
 
@@ -125,3 +135,14 @@ def test_sizes_that_fill_no_vector() -> None:
     engine.add(request("x", prompt[0].tolist(), max_tokens=1))
     run(engine)
     assert (seen[-1][0] - expected).norm() / expected.norm() < 0.05
+
+
+def round_weights(model: torch.nn.Module) -> None:
+    """To 16 levels per group of a layer's weight: so files have them that were made in 4 bits."""
+    for layer in model.base_model.layers:
+        for module in layer.modules():
+            if isinstance(module, torch.nn.Linear):
+                groups = module.weight.data.unflatten(1, (-1, GROUP))
+                least, most = (limit[..., None] for limit in groups.aminmax(dim=-1))
+                step = (most - least) / 15
+                groups.copy_(((groups - least) / step).round() * step + least)

@@ -357,9 +357,14 @@ def test_loads_lists_and_unloads(model_dir: Path, tiny: Path, no_threads_left: N
 
 @pytest.mark.parametrize(
     ("dtype", "has_instructions", "expected"),
-    [("auto", True, "int8"), ("auto", False, "float32"), ("int8", False, "int8")],
+    [
+        ("auto", True, "int8"),
+        ("auto", False, "float32"),
+        ("int8", False, "int8"),
+        ("int4", True, "int4"),
+    ],
 )
-def test_int8_where_the_cpu_has_instructions_for_it_or_if_asked(
+def test_integers_where_the_cpu_has_instructions_for_it_or_if_asked(
     model_dir: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, dtype, has_instructions, expected
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: has_instructions)
@@ -368,10 +373,11 @@ def test_int8_where_the_cpu_has_instructions_for_it_or_if_asked(
     manager.unload()
 
 
-def test_int8_for_layers_that_are_not_known(model_dir: Path) -> None:
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_integers_for_layers_that_are_not_known(model_dir: Path, dtype) -> None:
     save(model_dir / "gemma", build_model("gemma2-softcap-sliding"))
-    manager = ModelManager(make_settings(model_dir, dtype="int8"))
-    with pytest.raises(ModelLoadError, match="int8: its layers are not known"):
+    manager = ModelManager(make_settings(model_dir, dtype=dtype))
+    with pytest.raises(ModelLoadError, match=f"{dtype}: its layers are not known"):
         manager.load("gemma")
     manager = ModelManager(make_settings(model_dir))
     assert manager.load("gemma").dtype == "float32"
