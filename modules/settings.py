@@ -53,7 +53,7 @@ def setting(
     return field(default=default, repr=not secret, metadata=metadata)
 
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"]
 StreamFormat = Literal["auto", "openai", "classic"]
 
 NETWORK = "Network"
@@ -112,7 +112,14 @@ class Settings:
         MODEL,
         "auto",
         "Number type of the weights.",
-        aliases=MappingProxyType({"--bf16": "bfloat16", "--load-in-8bit": "int8"}),
+        aliases=MappingProxyType(
+            {"--bf16": "bfloat16", "--load-in-8bit": "int8", "--load-in-4bit": "int4"}
+        ),
+    )
+    device_map: str | None = setting(
+        MODEL,
+        None,
+        "How to spread the model over several CUDA cards, such as auto; else it is on one.",
     )
     trust_remote_code: bool = setting(
         MODEL, False, "Run Python code that comes with a model. Only for models you trust."
@@ -665,9 +672,9 @@ _FLAGS_OF_OTHERS: dict[str, str] = {
             """,
         "chooses between loaders; this server has one, transformers": "loader",
         "is not offered; the number type of the weights is chosen with --dtype": """
-            load-in-4bit use-double-quant compute-dtype quant-type
+            use-double-quant compute-dtype quant-type
             """,
-        "is not offered; a model runs on one device, chosen by itself or with --cpu": """
+        "is not offered; a model runs on a card if there is one, see --cpu and --device-map": """
             auto-devices gpu-memory cpu-memory disk disk-cache-dir
             """,
         "is not offered yet": "lora lora-dir multimodal-pipeline",

@@ -249,7 +249,7 @@ def test_percent_signs_cannot_break_the_help() -> None:
         (["--n-gpu-layers", "35"], "--n-gpu-layers belongs to the llama.cpp loader"),
         (["--n_gpu_layers=35"], "--n_gpu_layers belongs to the llama.cpp loader"),
         (["--loader", "llama.cpp"], "--loader chooses between loaders"),
-        (["--load-in-4bit"], "--load-in-4bit is not offered"),
+        (["--use-double-quant"], "--use-double-quant is not offered"),
         (["--share"], "--share belongs to the web page"),
         (["stray"], "unexpected argument 'stray'"),
         (["--api-port"], "--api-port: expected one argument"),
