@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from modules.engine.cuda_graphs import choose_sizes
 from modules.engine.engine import Engine
+from modules.engine.model_runner import input_device
 from tests.engine.conftest import SHAPE, EngineFactory, build_model, request, run, token_ids
 from tests.engine.fake_card import FakeGraph, fake_card
 from tests.engine.test_engine import random_prompts
@@ -127,3 +131,21 @@ def test_memory_is_taken_before_anything_is_read(
     assert len(layers) == SHAPE["num_hidden_layers"]
     num_blocks = engine.cache_manager.num_blocks
     assert {len(store) for pair in layers.values() for store in pair} == {num_blocks + 1}
+
+
+def test_a_model_on_several_cards_is_not_recorded(
+    make_engine: EngineFactory, request: pytest.FixtureRequest, tiny_model: PreTrainedModel
+) -> None:
+    """Its index of rows to sample stays on the host, where any card can read it."""
+    expected = replies(make_engine(), 3)
+    graphs: type[FakeGraph] = request.getfixturevalue("fake_card")
+    spread = copy.deepcopy(tiny_model)
+    spread.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1}
+    assert replies(make_engine(spread, block_size=SIZE), 3) == expected
+    assert graphs.captured == []
+
+
+def test_ids_go_where_they_are_looked_up(tiny_model: PreTrainedModel) -> None:
+    spread = copy.deepcopy(tiny_model)
+    spread.get_input_embeddings().to("meta")
+    assert input_device(spread) == torch.device("meta")
