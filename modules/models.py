@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -174,9 +176,9 @@ def _load(found: FoundModel, settings: Settings) -> LoadedModel:
     # After the probe, which compares with the model's own layers.
     wished = _quantized_dtype(settings, device)
     is_quantized = is_batched and wished is not None and quantize_model(model, wished)
-    if settings.dtype in FORMATS and not is_quantized:
+    if settings.dtype in FORMATS and device == "cpu" and not is_quantized:
         raise ModelLoadError(
-            f"{found.name} cannot be loaded in {settings.dtype}: {_why_not_quantized(device)}."
+            f"{found.name} cannot be loaded in {settings.dtype}: its layers are not known."
         )
     config = _choose_config(model, tokenizer, wished_model_len, is_batched, settings)
     if is_batched:
@@ -192,9 +194,15 @@ def _load(found: FoundModel, settings: Settings) -> LoadedModel:
         chat_template=_choose_template(found.name, tokenizer, settings),
         continues_prompt=not model.config.is_encoder_decoder,
         device=device,
-        dtype=wished if wished and is_quantized else str(model.dtype).removeprefix("torch."),
+        dtype=wished if wished and is_quantized else _dtype_name(model, settings),
         engine=AsyncEngine(engine),  # last: it has a thread, which nobody would end
     )
+
+
+def _dtype_name(model: PreTrainedModel, settings: Settings) -> str:
+    if model.device.type == "cuda" and settings.dtype in FORMATS:
+        return settings.dtype
+    return str(model.dtype).removeprefix("torch.")
 
 
 def try_out(name: str, model: PreTrainedModel, max_model_len: int) -> bool:
@@ -221,7 +229,7 @@ def _choose_config(
 ) -> EngineConfig:
     num_cache_tokens = wished_model_len
     if is_batched:  # else nobody knows what the model's own cache takes
-        memory = _kv_cache_bytes(settings, model.device.type)
+        memory = _kv_cache_bytes(settings, model)
         num_cache_tokens = memory // count_kv_bytes(model)
     return EngineConfig(
         max_model_len=_fit_model_len(wished_model_len, num_cache_tokens, settings),
@@ -229,6 +237,8 @@ def _choose_config(
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
         num_cache_tokens=num_cache_tokens,
+        # A card's memory is taken anyway.
+        num_retained_tokens=num_cache_tokens if model.device.type == "cuda" else None,
     )
 
 
@@ -287,6 +297,7 @@ def _load_tokenizer(
 
 def _load_weights(folder: Path, settings: Settings, device: str) -> PreTrainedModel:
     options = _source_options(settings)
+    placement = _placement(settings, device)
     config = AutoConfig.from_pretrained(folder, **options)
     auto_model = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with _without_reports():
@@ -295,11 +306,12 @@ def _load_weights(folder: Path, settings: Settings, device: str) -> PreTrainedMo
             dtype=_choose_dtype(settings, device),
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are reported below, by name
+            **placement,
             **options,
         )
     model, info = result
     _require_all_weights(folder, info)
-    loaded: PreTrainedModel = model.to(device)
+    loaded: PreTrainedModel = model if placement else model.to(device)
     return loaded
 
 
@@ -334,7 +346,7 @@ def _source_options(settings: Settings) -> dict[str, Any]:
 
 
 def _choose_dtype(settings: Settings, device: str) -> torch.dtype:
-    """Of the weights as they are loaded; those of 4 and 8 bits are made of float32."""
+    """Of the weights as they are loaded, or of what is not in fewer bits."""
     if settings.dtype not in ("auto", *FORMATS):
         dtype: torch.dtype = getattr(torch, settings.dtype)
         return dtype
@@ -350,8 +362,34 @@ def _quantized_dtype(settings: Settings, device: str) -> str | None:
     return settings.dtype if settings.dtype in FORMATS else None
 
 
-def _why_not_quantized(device: str) -> str:
-    return "its layers are not known" if device == "cpu" else "that is for the CPU"
+def _placement(settings: Settings, device: str) -> dict[str, Any]:
+    """Options of from_pretrained that put weights on cards themselves, some of them in fewer bits.
+
+    Raises ModelLoadError if a library that does it is missing.
+    """
+    if device != "cuda":
+        return {}
+    options: dict[str, Any] = {}
+    if settings.device_map is not None:
+        _require_package("accelerate", "--device-map")
+        options["device_map"] = settings.device_map
+    if settings.dtype in FORMATS:
+        flag = f"--load-in-{settings.dtype[3:]}bit"
+        _require_package("bitsandbytes", flag)
+        _require_package("accelerate", flag)
+        options.setdefault("device_map", {"": torch.cuda.current_device()})
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=settings.dtype == "int8",
+            load_in_4bit=settings.dtype == "int4",
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    return options
+
+
+def _require_package(name: str, flag: str) -> None:
+    if find_spec(name) is None:
+        raise ModelLoadError(f"{flag} needs a package that is missing: pip install {name}")
 
 
 def _choose_template(
@@ -413,11 +451,24 @@ def _fit_model_len(wished: int, num_cache_tokens: int, settings: Settings) -> in
     return num_cache_tokens
 
 
-def _kv_cache_bytes(settings: Settings, device: str) -> int:
+def _kv_cache_bytes(settings: Settings, model: PreTrainedModel) -> int:
+    """Measured after the weights, whatever they are made of."""
     if settings.kv_cache_memory is not None:
         return int(settings.kv_cache_memory * GIB)
-    free = torch.cuda.mem_get_info()[0] if device == "cuda" else available_memory()
+    device = model.device.type
+    free = free_card_memory(_cards(model)) if device == "cuda" else available_memory()
     return int(free * KV_CACHE_SHARE[device])
+
+
+def _cards(model: PreTrainedModel) -> list[torch.device]:
+    parameters = {parameter.device for parameter in model.parameters()}
+    return sorted((d for d in parameters if d.type == "cuda"), key=str)
+
+
+def free_card_memory(cards: Sequence[torch.device]) -> int:
+    """In bytes. Layers are spread evenly, so the fullest card says what the others can hold too."""
+    torch.cuda.empty_cache()  # what trying the model out took
+    return min(int(torch.cuda.mem_get_info(card)[0]) for card in cards) * len(cards)
 
 
 def available_memory(cgroup_root: Path = CGROUP_ROOT) -> int:

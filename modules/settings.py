@@ -116,6 +116,11 @@ class Settings:
             {"--bf16": "bfloat16", "--load-in-8bit": "int8", "--load-in-4bit": "int4"}
         ),
     )
+    device_map: str | None = setting(
+        MODEL,
+        None,
+        "How to spread the model over several CUDA cards, such as auto; else it is on one.",
+    )
     trust_remote_code: bool = setting(
         MODEL, False, "Run Python code that comes with a model. Only for models you trust."
     )
@@ -669,7 +674,7 @@ _FLAGS_OF_OTHERS: dict[str, str] = {
         "is not offered; the number type of the weights is chosen with --dtype": """
             use-double-quant compute-dtype quant-type
             """,
-        "is not offered; a model runs on one device, chosen by itself or with --cpu": """
+        "is not offered; a model runs on a card if there is one, see --cpu and --device-map": """
             auto-devices gpu-memory cpu-memory disk disk-cache-dir
             """,
         "is not offered yet": "lora lora-dir multimodal-pipeline",

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from modules.engine.cache_manager import BLOCK_SIZE, CacheManager
-from modules.engine.model_runner import ModelRunner
+from modules.engine.cache_manager import CacheManager
+from modules.engine.model_runner import ModelRunner, choose_block_size
 from modules.engine.outputs import FinishReason, TokenOutput
 from modules.engine.scheduler import ScheduledBatch, Scheduler
 from modules.engine.sequence import Sequence, SequenceRequest
@@ -27,7 +27,8 @@ class EngineConfig:
     num_retained_tokens: int | None = None
     """Most tokens whose keys and values are retained after their generation has ended, for others
     that begin like it; None: `max_model_len`."""
-    block_size: int = BLOCK_SIZE
+    block_size: int | None = None
+    """Tokens per block of the cache; None: what the model's device wants."""
 
     def __post_init__(self) -> None:
         if self.num_cache_tokens < self.max_model_len:
@@ -36,21 +37,21 @@ class EngineConfig:
 
 class Engine:
     def __init__(self, model: PreTrainedModel, config: EngineConfig) -> None:
-        num_blocks = -(-config.num_cache_tokens // config.block_size)
+        block_size = config.block_size or choose_block_size(model)
+        num_blocks = -(-config.num_cache_tokens // block_size)
         self.config = config
         num_retained = config.num_retained_tokens
         if num_retained is None:
             num_retained = config.max_model_len
-        self.cache_manager = CacheManager(
-            num_blocks, config.block_size, -(-num_retained // config.block_size)
-        )
+        self.cache_manager = CacheManager(num_blocks, block_size, -(-num_retained // block_size))
         self.scheduler = Scheduler(
             self.cache_manager,
             config.max_num_seqs,
             config.max_num_batched_tokens,
             config.eos_token_ids,
         )
-        self.runner = ModelRunner(model, num_blocks, config.block_size)
+        self.runner = ModelRunner(model, num_blocks, block_size)
+        self.runner.prepare(config.max_num_seqs, config.max_model_len)
         self._sequences: dict[str, Sequence] = {}
 
     @property

@@ -9,7 +9,7 @@ class KVCache:
     """Storage of a layer is made when it is first written, in the shape and type of what is
     written.
 
-    On a CPU it costs memory only where something has been written.
+    On a CPU it costs memory only where something has been written, on a card at once.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
@@ -24,18 +24,19 @@ class KVCache:
         )
 
     def write(
-        self, layer: int, slots: Tensor, begun_blocks: Tensor, keys: Tensor, values: Tensor
+        self, layer: int, slots: Tensor, begun_blocks: Tensor | None, keys: Tensor, values: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Store `keys` and `values`, [num_tokens, num_kv_heads, head_dim] each.
 
         `slots` [num_tokens] are their places, block × block size + offset. `begun_blocks` are
-        cleared before: what an earlier holder left there need not even be a number.
+        cleared before: what an earlier holder left there need not even be a number. None: whoever
+        reads them looks at nothing but what has been written.
 
         Returns: keys and values of the layer, [num_blocks, block_size, num_kv_heads, head_dim].
         """
         stores = self._reserve(layer, keys, values)
         for store, new in zip(stores, (keys, values), strict=True):
-            if len(begun_blocks):
+            if begun_blocks is not None and len(begun_blocks):
                 store.index_fill_(0, begun_blocks, 0)
             store.view(-1, *store.shape[2:]).index_copy_(0, slots, new)
         return stores

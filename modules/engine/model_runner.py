@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import inspect
 from itertools import accumulate, pairwise
+from typing import Any
 
 import numba
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from modules.engine.attention import ATTENTION_NAME, PagedAttention, Segment
+from modules.engine.attention import ATTENTION_NAME, AttentionBatch, PagedAttention, Segment
+from modules.engine.cache_manager import BLOCK_SIZE
 from modules.engine.cpu_attention import CpuAttention
+from modules.engine.cuda_attention import PAGE_SIZE, VarlenAttention, find_kernel
+from modules.engine.cuda_graphs import DecodeGraphs, make_cuda_graphs
 from modules.engine.sampler import sample
 from modules.engine.scheduler import SampledToken, ScheduledBatch, ScheduledSequence
 from modules.engine.torch_attention import TorchAttention
+from modules.engine.transfer import upload
 
 # Of the compiled functions; torch has as many.
 NUM_THREADS = torch.get_num_threads()
@@ -28,14 +33,54 @@ def can_batch(model: PreTrainedModel) -> bool:
     )
 
 
+def choose_block_size(model: PreTrainedModel) -> int:
+    """In tokens: what the attention that the model is going to get wants."""
+    return PAGE_SIZE if find_kernel(input_device(model)) else BLOCK_SIZE
+
+
+def build_attention(device: torch.device, num_blocks: int, block_size: int) -> PagedAttention:
+    if device.type == "cpu":
+        return CpuAttention(num_blocks, block_size)
+    kernel = find_kernel(device)
+    if kernel is not None and block_size % PAGE_SIZE == 0:
+        return VarlenAttention(num_blocks, block_size, kernel)
+    return TorchAttention(num_blocks, block_size)
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where token ids are looked up; layers may be on other cards."""
+    embeddings: Any = model.get_input_embeddings()
+    device: torch.device = embeddings.weight.device
+    return device
+
+
 class ModelRunner:
     def __init__(self, model: PreTrainedModel, num_blocks: int, block_size: int) -> None:
         model.set_attn_implementation(ATTENTION_NAME)
         self._model = model.eval()
-        self._device = model.device
+        self._device = input_device(model)
         self._can_select_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
-        backend = CpuAttention if self._device.type == "cpu" else TorchAttention
-        self._attention: PagedAttention = backend(num_blocks, block_size)
+        self._attention = build_attention(self._device, num_blocks, block_size)
+        self._graphs: DecodeGraphs | None = None
+
+    @torch.inference_mode()
+    def prepare(self, max_num_seqs: int, max_model_len: int) -> None:
+        """Take a card's memory for keys and values now, and record steps from now on.
+
+        Nothing must have been read yet.
+        """
+        if isinstance(self._attention, CpuAttention):
+            return
+        self._read([0], [0], self._attention.batch((Segment((0,), 0, 0, 1),)), [0])
+        if isinstance(self._attention, VarlenAttention) and _num_devices(self._model) == 1:
+            self._graphs = DecodeGraphs(
+                self._read_rows,
+                self._attention,
+                self._device,
+                max_num_seqs,
+                max_model_len,
+                make_cuda_graphs(self._device),
+            )
 
     @torch.inference_mode()
     def run(self, batch: ScheduledBatch) -> list[list[SampledToken]]:
@@ -59,16 +104,49 @@ class ModelRunner:
         drafts: [num_rows, vocab_size], float32.
         """
         token_ids, positions, segments, last_rows = _pack(batch)
-        last = torch.tensor(last_rows, device=self._device, dtype=torch.long)
-        output = self._model(
-            input_ids=torch.tensor([token_ids], device=self._device),
-            position_ids=torch.tensor([positions], device=self._device),
-            use_cache=False,
-            attention_batch=self._attention.batch(segments),
-            **({"logits_to_keep": last} if self._can_select_logits else {}),
-        )
-        logits: Tensor = output.logits[0] if self._can_select_logits else output.logits[0, last]
+        logits = None
+        if self._graphs is not None and len(last_rows) == len(batch.items) == len(token_ids):
+            logits = self._graphs.run(token_ids, positions, segments)
+        if logits is None:
+            attention = self._attention.batch(segments)
+            logits = self._read(token_ids, positions, attention, last_rows)
         return logits.float()
+
+    def _read(
+        self,
+        token_ids: list[int],
+        positions: list[int],
+        attention: AttentionBatch,
+        last_rows: list[int],
+    ) -> Tensor:
+        ids, places = (upload([row], self._device) for row in (token_ids, positions))
+        # Layers may be on several cards: an index on the host goes with any of them.
+        is_spread = _num_devices(self._model) > 1
+        last = upload(last_rows, torch.device("cpu") if is_spread else self._device, torch.long)
+        selected = {"logits_to_keep": last} if self._can_select_logits else {}
+        logits = self._call(ids, places, attention, **selected)
+        return logits if self._can_select_logits else logits[last]
+
+    def _read_rows(self, ids: Tensor, positions: Tensor, attention: AttentionBatch) -> Tensor:
+        return self._call(ids[None], positions[None], attention)
+
+    def _call(
+        self, ids: Tensor, positions: Tensor, attention: AttentionBatch, **options: Tensor
+    ) -> Tensor:
+        """Logits, [num_rows, vocab_size]."""
+        output = self._model(
+            input_ids=ids,
+            position_ids=positions,
+            use_cache=False,
+            attention_batch=attention,
+            **options,
+        )
+        logits: Tensor = output.logits[0]
+        return logits
+
+
+def _num_devices(model: PreTrainedModel) -> int:
+    return len(set((getattr(model, "hf_device_map", None) or {}).values())) or 1
 
 
 def _pack(
@@ -103,7 +181,7 @@ def _sample_along(logits: Tensor, items: tuple[ScheduledSequence, ...]) -> list[
     active = list(range(len(items)))
     while active:
         rows = [first_rows[i] + len(tokens[i]) for i in active]
-        chosen = logits if len(rows) == len(logits) else logits[rows]
+        chosen = logits if len(rows) == len(logits) else logits[upload(rows, logits.device)]
         for i, token in zip(active, sample(chosen, [seqs[i] for i in active]), strict=True):
             tokens[i].append(token)
         active = [i for i in active if _is_foreseen(tokens[i], items[i].draft)]

@@ -20,10 +20,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from modules.engine.attention import AttentionBatch, PagedAttention, Segment
-from modules.engine.cache_manager import BLOCK_SIZE
 from modules.engine.engine import EngineConfig
 from modules.engine.generate_engine import GenerateEngine
-from modules.engine.model_runner import ModelRunner, can_batch
+from modules.engine.model_runner import ModelRunner, can_batch, choose_block_size
 from modules.engine.sampling_params import SamplingParams
 from modules.engine.scheduler import ScheduledBatch, ScheduledSequence
 from modules.engine.sequence import Sequence, SequenceRequest
@@ -83,7 +82,7 @@ def probe(model: PreTrainedModel) -> None:
 @torch.inference_mode()
 def count_kv_bytes(model: PreTrainedModel) -> int:
     """What the keys and values of one token take in all layers, as the engine stores them."""
-    runner = ModelRunner(model, num_blocks=1, block_size=BLOCK_SIZE)
+    runner = ModelRunner(model, num_blocks=1, block_size=choose_block_size(model))
     seq = Sequence(SequenceRequest("probe", (0,)), max_model_len=2)
     runner.forward(ScheduledBatch((ScheduledSequence(seq, (0,), 0, 1, is_last_chunk=True),)))
     return runner.num_kv_bytes_per_token
@@ -195,9 +194,9 @@ class _CountedBatch:
 
 class _ProbedRunner(ModelRunner):
     def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__(model, num_blocks=len(STEPS[-1]), block_size=BLOCK_SIZE)
+        super().__init__(model, len(STEPS[-1]), choose_block_size(model))
         self.ledger = _Ledger(self._attention)
-        self._attention = self.ledger
+        self._attention: PagedAttention = self.ledger
 
     def logits(self, batch: ScheduledBatch) -> Tensor:
         return self.forward(batch)

@@ -8,6 +8,7 @@ any company.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -24,6 +25,7 @@ from modules.engine.logits_processors import (
 from modules.engine.sampling_params import SamplingParams
 from modules.engine.scheduler import SampledToken
 from modules.engine.sequence import Sequence
+from modules.engine.transfer import upload
 
 
 def sample(logits: Tensor, seqs: list[Sequence]) -> list[SampledToken]:
@@ -31,19 +33,32 @@ def sample(logits: Tensor, seqs: list[Sequence]) -> list[SampledToken]:
 
     Raises FloatingPointError when the model has computed something that is no number.
     """
-    if not logits.amax(-1).isfinite().all():
-        raise FloatingPointError("logits are not finite")
     penalized = _penalize(logits, seqs)
     token_ids = torch.empty(len(seqs), dtype=torch.long, device=logits.device)
     for select, choose in _CHOICES:
         rows = [row for row, seq in enumerate(seqs) if select(seq.params)]
-        if rows:
-            own = penalized if len(rows) == len(seqs) else penalized[rows]
-            chosen = choose(own, [seqs[row] for row in rows])
-            token_ids[torch.tensor(rows, device=logits.device)] = chosen
-    ids: list[int] = token_ids.tolist()
-    logprobs = _logprobs(logits, token_ids, seqs)
-    return [SampledToken(i, logprob) for i, logprob in zip(ids, logprobs, strict=True)]
+        if len(rows) == len(seqs):
+            token_ids = choose(penalized, seqs)
+        elif rows:
+            places = _column(logits, rows)
+            token_ids[places] = choose(penalized[places], [seqs[row] for row in rows])
+    return _fetch(logits, token_ids, seqs)
+
+
+def _fetch(logits: Tensor, token_ids: Tensor, seqs: list[Sequence]) -> list[SampledToken]:
+    """What there is to know on the host, in one copy: a card is waited for once."""
+    wants_logprobs = any(seq.params.logprobs for seq in seqs)
+    columns = [logits.amax(-1), token_ids]
+    if wants_logprobs:
+        columns.append(logits.gather(-1, token_ids[:, None])[:, 0] - logits.logsumexp(-1))
+    # float64 holds every token id
+    highest, ids, *logprobs = torch.stack([column.double() for column in columns]).tolist()
+    if not all(map(math.isfinite, highest)):
+        raise FloatingPointError("logits are not finite")
+    return [
+        SampledToken(int(ids[row]), logprobs[0][row] if seq.params.logprobs else None)
+        for row, seq in enumerate(seqs)
+    ]
 
 
 def _penalize(logits: Tensor, seqs: list[Sequence]) -> Tensor:
@@ -87,8 +102,7 @@ def _penalize_counts(logits: Tensor, seqs: list[Sequence]) -> Tensor:
 
 def _repeat(logits: Tensor, rows: list[tuple[int, int]]) -> Tensor:
     """Row numbers, each as often as it says."""
-    numbers = _column(logits, [row for row, _ in rows])
-    return numbers.repeat_interleave(_column(logits, [times for _, times in rows]))
+    return _column(logits, [row for row, times in rows for _ in range(times)])
 
 
 def _choose_greedy(logits: Tensor, seqs: list[Sequence]) -> Tensor:
@@ -126,24 +140,14 @@ def _draw(logits: Tensor, seqs: list[Sequence]) -> Tensor:
     """
     cumulated = logits.double().softmax(-1).cumsum(-1)
     total = cumulated[:, -1:]
-    uniform = torch.tensor([[seq.generator.random()] for seq in seqs], dtype=torch.float64)
-    target = uniform.to(logits.device) * total
+    target = upload([[seq.uniform] for seq in seqs], logits.device, torch.float64) * total
     target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulated, target, right=True)[:, 0]
+    drawn = torch.searchsorted(cumulated, target, right=True)[:, 0]
+    return drawn.clamp_(max=logits.shape[-1] - 1)  # logits that are no numbers are found out later
 
 
-def _logprobs(logits: Tensor, token_ids: Tensor, seqs: list[Sequence]) -> list[float | None]:
-    if not any(seq.params.logprobs for seq in seqs):
-        return [None] * len(seqs)
-    chosen = logits.gather(-1, token_ids[:, None])[:, 0] - logits.logsumexp(-1)
-    return [
-        value if seq.params.logprobs else None
-        for seq, value in zip(seqs, chosen.tolist(), strict=True)
-    ]
-
-
-def _column(logits: Tensor, values: list[float]) -> Tensor:
-    return torch.tensor(values, device=logits.device)
+def _column(logits: Tensor, values: list[int] | list[float]) -> Tensor:
+    return upload(values, logits.device)
 
 
 def _needs_sort(params: SamplingParams) -> bool:

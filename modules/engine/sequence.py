@@ -51,10 +51,19 @@ class Sequence:
         self.max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         # One generator per sequence: what else runs cannot change what it draws.
         self.generator = random.Random(params.seed)
+        self._uniform: float | None = None
         num_lookup_tokens = params.prompt_lookup_num_tokens
         self.lookup = PromptLookup(num_lookup_tokens) if num_lookup_tokens > 0 else None
 
+    @property
+    def uniform(self) -> float:
+        """The random number in [0, 1) that decides the next token, however often it is tried."""
+        if self._uniform is None:
+            self._uniform = self.generator.random()
+        return self._uniform
+
     def append(self, token_id: int) -> None:
+        self._uniform = None
         self.token_ids.append(token_id)
         self.output_counts[token_id] += 1
 

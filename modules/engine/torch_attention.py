@@ -17,6 +17,7 @@ from torch import Tensor
 
 from modules.engine.attention import Segment
 from modules.engine.kv_cache import KVCache
+from modules.engine.transfer import upload
 
 
 class TorchAttention:
@@ -60,14 +61,14 @@ class _Piece:
 
 
 class TorchAttentionBatch:
-    """See `AttentionBatch`. What all layers have in common is made once, by the first of them."""
+    """See `AttentionBatch`. What a device's layers have in common is made by the first of them."""
 
     def __init__(self, segments: tuple[Segment, ...], kv_cache: KVCache, block_size: int) -> None:
         self._kv_cache = kv_cache
         self._block_size = block_size
         self._pieces = [piece for segment in segments for piece in _cut(segment, block_size)]
-        self._places: tuple[Tensor, Tensor] | None = None
-        self._groups: dict[int | None, list[_Group]] = {}
+        self._places: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._groups: dict[tuple[torch.device, int | None], list[_Group]] = {}
 
     def attend(
         self,
@@ -81,16 +82,17 @@ class TorchAttentionBatch:
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        if self._places is None:
-            self._places = self._find_places(query.device)
-        if window not in self._groups:
-            self._groups[window] = [
+        device = query.device
+        if device not in self._places:
+            self._places[device] = self._find_places(device)
+        if (device, window) not in self._groups:
+            self._groups[device, window] = [
                 self._build_group(pieces, window, query)
-                for pieces in self._sort(window, query.device.type == "cpu")
+                for pieces in self._sort(window, device.type == "cpu")
             ]
-        keys, values = self._kv_cache.write(layer, *self._places, key, value)
+        keys, values = self._kv_cache.write(layer, *self._places[device], key, value)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        groups = self._groups[window]
+        groups = self._groups[device, window]
         if len(groups) == 1:
             return _attend_group(groups[0], query, keys, values, scale, softcap, sinks)
         output = query.new_empty(*query.shape[:2], value.shape[-1])
@@ -111,8 +113,8 @@ class TorchAttentionBatch:
         ]
         begun = [block for piece, block in blocks if piece.start % size == 0]
         return (
-            torch.tensor(slots, device=device, dtype=torch.long),
-            torch.tensor(begun, device=device, dtype=torch.long),
+            upload(slots, device, torch.long),
+            upload(begun, device, torch.long),
         )
 
     def _sort(self, window: int | None, is_cpu: bool) -> Iterable[list[_Piece]]:
@@ -139,8 +141,8 @@ class TorchAttentionBatch:
             for piece, indices in zip(pieces, visible, strict=True)
         ]
         ranges = [range(p.offset, p.offset + p.end - p.start) for p in pieces]
-        starts = torch.tensor([[[piece.start]] for piece in pieces], device=device)
-        first_keys = torch.tensor([[[i[0] * self._block_size]] for i in visible], device=device)
+        starts = upload([[[piece.start]] for piece in pieces], device)
+        first_keys = upload([[[i[0] * self._block_size]] for i in visible], device)
         queries = starts + torch.arange(len(ranges[0]), device=device)[:, None]
         keys = first_keys + torch.arange(len(visible[0]) * self._block_size, device=device)
         hidden = keys > queries
@@ -148,8 +150,8 @@ class TorchAttentionBatch:
             hidden |= keys <= queries - window
         bias = query.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
         return _Group(
-            rows=torch.tensor([row for rows in ranges for row in rows], device=device),
-            blocks=torch.tensor(tables, device=device),
+            rows=upload([row for rows in ranges for row in rows], device),
+            blocks=upload(tables, device),
             bias=bias[:, None],
         )
 

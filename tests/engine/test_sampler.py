@@ -150,8 +150,24 @@ def test_draws_follow_the_filtered_distribution(params) -> None:
 def test_what_is_no_number_is_refused() -> None:
     logits = random_logits(2)
     logits[1, 7] = torch.nan
+    for params in ({}, {"top_p": 0.5}, {"temperature": 0}):
+        with pytest.raises(FloatingPointError):
+            sample(logits, [sequence(temperature=0), sequence(**params)])
+
+
+def test_a_step_that_failed_has_taken_no_random_number() -> None:
+    logits = random_logits(2).repeat(1, 20)
+    expected = sample(logits, [sequence(seed=1), sequence(seed=2)])
+    seqs = [sequence(seed=1), sequence(seed=2)]
+    broken = logits.clone()
+    broken[0, 0] = torch.nan
     with pytest.raises(FloatingPointError):
-        sample(logits, [sequence(temperature=0), sequence()])
+        sample(broken, seqs)
+    assert sample(logits, seqs) == expected
+    for seq, token in zip(seqs, expected, strict=True):
+        seq.append(token.token_id)
+    others = [seq.uniform for seq in seqs]
+    assert others != [sequence(seed=1).uniform, sequence(seed=2).uniform]
 
 
 def test_a_draw_never_leaves_the_kept_tokens() -> None:

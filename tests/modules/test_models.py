@@ -40,7 +40,7 @@ from transformers import (
     T5Config,
 )
 
-from modules import model_files
+from modules import model_files, models
 from modules.engine.engine import Engine, EngineConfig
 from modules.engine.outputs import FinishReason
 from modules.engine.sampling_params import SamplingParams
@@ -371,6 +371,41 @@ def test_integers_where_the_cpu_has_instructions_for_it_or_if_asked(
     manager = ModelManager(make_settings(model_dir, dtype=dtype))
     assert manager.load("tiny").dtype == expected
     manager.unload()
+
+
+@pytest.mark.parametrize(
+    ("wishes", "installed", "missing"),
+    [
+        ({"dtype": "int8"}, [], "--load-in-8bit .*pip install bitsandbytes"),
+        ({"dtype": "int4"}, ["bitsandbytes"], "--load-in-4bit .*pip install accelerate"),
+        ({"device_map": "auto"}, [], "--device-map .*pip install accelerate"),
+    ],
+)
+def test_says_what_a_card_needs(wishes, installed, missing, monkeypatch) -> None:
+    monkeypatch.setattr(models, "find_spec", lambda name: name if name in installed else None)
+    with pytest.raises(ModelLoadError, match=missing):
+        models._placement(Settings(**wishes), "cuda")
+
+
+def test_weights_in_fewer_bits_go_where_they_are_to_be(monkeypatch) -> None:
+    monkeypatch.setattr(models, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert models._placement(Settings(), "cuda") == {}
+    assert models._placement(Settings(device_map="auto"), "cpu") == {}
+    four = models._placement(Settings(dtype="int4"), "cuda")
+    assert four["device_map"] == {"": 1}
+    assert four["quantization_config"].load_in_4bit
+    assert not four["quantization_config"].load_in_8bit
+    eight = models._placement(Settings(dtype="int8", device_map="auto"), "cuda")
+    assert eight["device_map"] == "auto"
+    assert eight["quantization_config"].load_in_8bit
+
+
+def test_the_fullest_card_says_how_much_is_free(monkeypatch) -> None:
+    free = {"cuda:0": 300, "cuda:1": 200}
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda card: (free[str(card)], 1000))
+    assert models.free_card_memory([torch.device("cuda:0"), torch.device("cuda:1")]) == 400
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
