@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -21,8 +22,11 @@ from modules.engine.scheduler import SampledToken, ScheduledBatch, ScheduledSequ
 from modules.engine.torch_attention import TorchAttention
 from modules.engine.transfer import upload
 
-# Of the compiled functions; torch has as many.
 NUM_THREADS = torch.get_num_threads()
+
+# While models are exchanged, two threads may want to compute. Not all of numba's threading layers
+# allow that, and side by side they would only take each other's cores.
+_TURN = threading.Lock()
 
 
 def can_batch(model: PreTrainedModel) -> bool:
@@ -89,7 +93,8 @@ class ModelRunner:
         """
         if self._device.type == "cpu":
             torch.set_num_threads(NUM_THREADS)
-            numba.set_num_threads(NUM_THREADS)
+            most: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+            numba.set_num_threads(min(NUM_THREADS, most))
         logits = self.forward(batch)
         if not batch.sampled:
             return []
@@ -124,7 +129,8 @@ class ModelRunner:
         is_spread = _num_devices(self._model) > 1
         last = upload(last_rows, torch.device("cpu") if is_spread else self._device, torch.long)
         selected = {"logits_to_keep": last} if self._can_select_logits else {}
-        logits = self._call(ids, places, attention, **selected)
+        with _TURN:
+            logits = self._call(ids, places, attention, **selected)
         return logits if self._can_select_logits else logits[last]
 
     def _read_rows(self, ids: Tensor, positions: Tensor, attention: AttentionBatch) -> Tensor:
