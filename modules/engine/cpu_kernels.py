@@ -511,13 +511,13 @@ def multiply(rows: Any, weight: Any, layer: Any, out: Any) -> None:
 
 
 def _tile_columns(weight: Any) -> int:
-    raise NotImplementedError
+    raise NotImplementedError  # compiled code gets the overload below; nothing else calls this
 
 
 def _multiply_tile(
     count: Any, rows: Any, row: Any, weight: Any, layer: Any, panel: Any, column: Any, out: Any
 ) -> None:
-    raise NotImplementedError
+    raise NotImplementedError  # likewise
 
 
 @overload(_tile_columns, strict=False)

@@ -22,6 +22,7 @@ from modules.engine.scheduler import SampledToken, ScheduledBatch, ScheduledSequ
 from modules.engine.torch_attention import TorchAttention
 from modules.engine.transfer import upload
 
+# Of torch and of the compiled functions. On the CPU nothing in int8 is rounded by their number.
 NUM_THREADS = torch.get_num_threads()
 
 # While models are exchanged, two threads may want to compute. Not all of numba's threading layers
