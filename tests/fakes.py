@@ -54,7 +54,7 @@ class Script:
                 token_id,
                 finish_reason if i == len(ids) - 1 else None,
                 self.num_cached_tokens,
-                self.logprob if request.params.logprobs else None,
+                self.logprob if request.params.num_logprobs is not None else None,
             )
             for i, token_id in enumerate(ids)
         ]

@@ -53,7 +53,9 @@ def _to_text_request(body: CompletionRequest) -> TextRequest:
     is_ranked = body.num_candidates > body.n
     return TextRequest(
         prompts=body.prompt,
-        params=to_sampling_params(body, max_tokens=to_max_tokens(body), logprobs=is_ranked),
+        params=to_sampling_params(
+            body, max_tokens=to_max_tokens(body), num_logprobs=0 if is_ranked else None
+        ),
         num_choices=body.num_candidates,
         stop_strings=tuple(body.stop),
         skip_special_tokens=body.skip_special_tokens,

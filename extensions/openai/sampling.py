@@ -8,7 +8,7 @@ MIN_TEMPERATURE = 1e-5
 
 
 def to_sampling_params(
-    options: GenerationOptions, *, max_tokens: int | None, logprobs: bool = False
+    options: GenerationOptions, *, max_tokens: int | None, num_logprobs: int | None = None
 ) -> SamplingParams:
     return SamplingParams(
         max_tokens=max_tokens,
@@ -25,7 +25,7 @@ def to_sampling_params(
         stop_token_ids=tuple(options.stop_token_ids),
         ignore_eos=options.ban_eos_token or options.ignore_eos,
         prompt_lookup_num_tokens=options.prompt_lookup_num_tokens,
-        logprobs=logprobs,
+        num_logprobs=num_logprobs,
     )
 
 

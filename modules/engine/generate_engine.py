@@ -18,7 +18,7 @@ from modules.engine.engine import EngineConfig
 from modules.engine.model_runner import NUM_THREADS
 from modules.engine.outputs import FinishReason, TokenOutput
 from modules.engine.sampler import sample
-from modules.engine.scheduler import ScheduledBatch, ScheduledSequence
+from modules.engine.scheduler import ScheduledBatch, ScheduledSequence, build_output
 from modules.engine.sequence import Sequence, SequenceRequest
 
 
@@ -93,7 +93,7 @@ class GenerateEngine:
         reason = seq.find_finish_reason(self.config.eos_token_ids)
         if reason is not None:
             self.abort(seq.request_id)
-        return TokenOutput(seq.request_id, token.token_id, reason, logprob=token.logprob)
+        return build_output(seq, token, reason)
 
     def _start(self, seq: Sequence) -> Iterator[Tensor]:
         """Logits of each next token, [1, vocab_size], float32, as `seq` grows.

@@ -1,7 +1,10 @@
-"""What leaves the engine: one TokenOutput per sampled token."""
+"""What leaves the engine: one TokenOutput per sampled token, and per scored token of a prompt."""
 
 from dataclasses import dataclass
 from enum import StrEnum
+
+TopLogprobs = tuple[tuple[int, float], ...]
+"""Token ids and the natural logarithms of their probabilities, the likeliest first."""
 
 
 class FinishReason(StrEnum):
@@ -21,4 +24,8 @@ class TokenOutput:
     num_cached_tokens: int = 0
     """Prompt tokens whose keys and values were there already, computed for another generation."""
     logprob: float | None = None
-    """Natural logarithm of the token's probability before sampling filters, when asked for."""
+    """Natural logarithm of the token's probability, when asked for; None for the first token of a
+    prompt."""
+    top_logprobs: TopLogprobs = ()
+    is_prompt: bool = False
+    """A token of the prompt, scored because `prompt_logprobs` asked for it."""

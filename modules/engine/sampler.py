@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from modules.engine.logits_processors import (
     apply_top_k,
     apply_top_p,
 )
+from modules.engine.logprobs import compute_logprobs
 from modules.engine.sampling_params import SamplingParams
 from modules.engine.scheduler import SampledToken
 from modules.engine.sequence import Sequence
@@ -47,18 +49,22 @@ def sample(logits: Tensor, seqs: list[Sequence]) -> list[SampledToken]:
 
 def _fetch(logits: Tensor, token_ids: Tensor, seqs: list[Sequence]) -> list[SampledToken]:
     """What there is to know on the host, in one copy: a card is waited for once."""
-    wants_logprobs = any(seq.params.logprobs for seq in seqs)
     columns = [logits.amax(-1), token_ids]
-    if wants_logprobs:
-        columns.append(logits.gather(-1, token_ids[:, None])[:, 0] - logits.logsumexp(-1))
     # float64 holds every token id
-    highest, ids, *logprobs = torch.stack([column.double() for column in columns]).tolist()
+    highest, ids = torch.stack([column.double() for column in columns]).tolist()
     if not all(map(math.isfinite, highest)):
         raise FloatingPointError("logits are not finite")
-    return [
-        SampledToken(int(ids[row]), logprobs[0][row] if seq.params.logprobs else None)
-        for row, seq in enumerate(seqs)
-    ]
+    tokens = [SampledToken(int(token_id)) for token_id in ids]
+    asked = [row for row, seq in enumerate(seqs) if seq.params.num_logprobs is not None]
+    if asked:
+        found = compute_logprobs(
+            logits[_column(logits, asked)],
+            [tokens[row].token_id for row in asked],
+            [seqs[row].params.num_logprobs or 0 for row in asked],
+        )
+        for row, logprobs in zip(asked, found, strict=True):
+            tokens[row] = replace(tokens[row], logprobs=logprobs)
+    return tokens
 
 
 def _penalize(logits: Tensor, seqs: list[Sequence]) -> Tensor:

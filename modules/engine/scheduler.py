@@ -16,6 +16,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from modules.engine.cache_manager import CacheManager
+from modules.engine.logprobs import Logprobs
 from modules.engine.outputs import FinishReason, TokenOutput
 from modules.engine.sequence import Sequence, SequenceStatus
 
@@ -54,7 +55,19 @@ class ScheduledBatch:
 @dataclass(frozen=True, slots=True)
 class SampledToken:
     token_id: int
-    logprob: float | None = None
+    logprobs: Logprobs | None = None
+
+
+def build_output(seq: Sequence, token: SampledToken, reason: FinishReason | None) -> TokenOutput:
+    logprobs = token.logprobs
+    return TokenOutput(
+        seq.request_id,
+        token.token_id,
+        reason,
+        num_cached_tokens=seq.num_cached_tokens or 0,
+        logprob=logprobs.logprob if logprobs else None,
+        top_logprobs=logprobs.top if logprobs else (),
+    )
 
 
 class Scheduler:
@@ -210,10 +223,7 @@ class Scheduler:
         for token in tokens:
             seq.append(token.token_id)
             reason = seq.find_finish_reason(self._eos_token_ids)
-            cached = seq.num_cached_tokens or 0
-            outputs.append(
-                TokenOutput(seq.request_id, token.token_id, reason, cached, token.logprob)
-            )
+            outputs.append(build_output(seq, token, reason))
             if reason is not None:
                 break
         # Of a draft, what is right has been read; what is wrong will be written over.

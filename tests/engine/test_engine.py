@@ -251,7 +251,7 @@ def test_prompt_lookup_changes_no_token(name: str, wishes: dict, make_engine) ->
     for number in (0, 10):
         engine = make_engine(model)
         for index, prompt in enumerate(prompts):
-            lookup = {"prompt_lookup_num_tokens": number, "logprobs": True, **wishes}
+            lookup = {"prompt_lookup_num_tokens": number, "num_logprobs": 0, **wishes}
             engine.add(request(str(index), prompt, max_tokens=80, seed=index, **lookup))
         outputs: dict[str, list] = {}
         num_reads.append(0)

@@ -35,7 +35,7 @@ def build_alone(kind: str) -> PreTrainedModel:
     [
         {"temperature": 1.0},
         {"temperature": 0.8, "top_p": 0.9, "ignore_eos": True},
-        {"temperature": 1.3, "top_k": 20, "min_p": 0.05, "logprobs": True},
+        {"temperature": 1.3, "top_k": 20, "min_p": 0.05, "num_logprobs": 0},
         {"presence_penalty": 1.0, "frequency_penalty": 0.5},
         {"repetition_penalty": 1.3, "stop_token_ids": tuple(range(100, 150))},
         {"max_tokens": None},

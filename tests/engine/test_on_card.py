@@ -56,7 +56,7 @@ def test_recorded_steps_equal_those_that_are_not(model: PreTrainedModel) -> None
 
 @pytest.mark.parametrize(
     "wishes",
-    [{}, {"temperature": 1.0, "top_p": 0.9}, {"repetition_penalty": 1.2, "logprobs": True}],
+    [{}, {"temperature": 1.0, "top_p": 0.9}, {"repetition_penalty": 1.2, "num_logprobs": 0}],
     ids=str,
 )
 def test_a_step_waits_for_the_card_once(model: PreTrainedModel, wishes: dict) -> None:

@@ -190,8 +190,8 @@ def test_top_k_above_the_vocabulary() -> None:
 
 def test_logprobs_are_those_of_the_model_and_only_where_asked() -> None:
     logits = random_logits(2)
-    penalized = sequence(output=(5,), temperature=0, logprobs=True, presence_penalty=1.0)
+    penalized = sequence(output=(5,), temperature=0, num_logprobs=0, presence_penalty=1.0)
     tokens = sample(logits, [penalized, sequence(temperature=0.0)])
     expected = logits.log_softmax(-1)[0, tokens[0].token_id].item()
-    assert tokens[0].logprob == pytest.approx(expected, abs=1e-5)
-    assert tokens[1].logprob is None
+    assert tokens[0].logprobs.logprob == pytest.approx(expected, abs=1e-5)
+    assert tokens[1].logprobs is None

@@ -161,7 +161,7 @@ async def test_best_of_ranks_by_mean_logprob(client: httpx.AsyncClient, engine: 
     texts = [(choice["index"], choice["text"]) for choice in answer["choices"]]
     assert texts == [(0, "a longer one"), (1, "second")]
     assert answer["usage"]["completion_tokens"] == 6 + 13 + 7  # of all candidates
-    assert all(request.params.logprobs for request in engine.requests)
+    assert all(request.params.num_logprobs == 0 for request in engine.requests)
 
 
 async def test_best_of_for_each_prompt(client: httpx.AsyncClient, engine: FakeEngine) -> None:

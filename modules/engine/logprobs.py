@@ -1,0 +1,33 @@
+"""Log-probabilities of tokens and of their likeliest alternatives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from modules.engine.outputs import TopLogprobs
+from modules.engine.transfer import upload
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    logprob: float
+    """Natural logarithm."""
+    top: TopLogprobs = ()
+
+
+def compute_logprobs(logits: Tensor, token_ids: list[int], num_tops: list[int]) -> list[Logprobs]:
+    """For each row of `logits` [num_rows, vocab_size] the log-probability of its token, and so many
+    of the likeliest ones. Minus infinity for what is impossible.
+    """
+    logprobs = logits.log_softmax(-1)
+    ids = upload(token_ids, logits.device, torch.long)
+    chosen = logprobs.gather(-1, ids[:, None])[:, 0].tolist()
+    num_most = min(max(num_tops), logits.shape[-1])
+    top_logprobs, top_ids = (part.tolist() for part in logprobs.topk(num_most))
+    return [
+        Logprobs(logprob, tuple(zip(top_ids[row][:num], top_logprobs[row][:num], strict=True)))
+        for row, (logprob, num) in enumerate(zip(chosen, num_tops, strict=True))
+    ]
