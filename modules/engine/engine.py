@@ -48,7 +48,6 @@ class Engine:
             self.cache_manager,
             config.max_num_seqs,
             config.max_num_batched_tokens,
-            config.eos_token_ids,
         )
         self.runner = ModelRunner(model, num_blocks, block_size)
         self.runner.prepare(config.max_num_seqs, config.max_model_len)
@@ -65,7 +64,7 @@ class Engine:
         """
         if request.request_id in self._sequences:
             raise ValueError(f"{request.request_id} is running already")
-        seq = Sequence(request, self.config.max_model_len)
+        seq = Sequence(request, self.config.max_model_len, self.config.eos_token_ids)
         self._sequences[request.request_id] = seq
         self.scheduler.add(seq)
 

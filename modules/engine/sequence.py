@@ -34,10 +34,16 @@ class Sequence:
     Owned by the scheduler (status, counts); the block table belongs to the cache manager.
     """
 
-    def __init__(self, request: SequenceRequest, max_model_len: int) -> None:
+    def __init__(
+        self,
+        request: SequenceRequest,
+        max_model_len: int,
+        eos_token_ids: frozenset[int] = frozenset(),
+    ) -> None:
         params = request.params
         self.request_id = request.request_id
         self.params = params
+        self.eos_token_ids = eos_token_ids
         self.status = SequenceStatus.WAITING
         self.finish_reason: FinishReason | None = None
         self.token_ids = list(request.prompt_token_ids)
@@ -67,12 +73,12 @@ class Sequence:
         self.token_ids.append(token_id)
         self.output_counts[token_id] += 1
 
-    def find_finish_reason(self, eos_token_ids: frozenset[int]) -> FinishReason | None:
+    def find_finish_reason(self) -> FinishReason | None:
         """Why the last token ends the sequence; None if it does not."""
         token_id = self.token_ids[-1]
         if token_id in self.params.stop_token_ids:
             return FinishReason.STOP
-        if token_id in eos_token_ids and not self.params.ignore_eos:
+        if token_id in self.eos_token_ids and not self.params.ignore_eos:
             return FinishReason.STOP
         if self.num_output_tokens >= self.max_tokens:
             return FinishReason.LENGTH
