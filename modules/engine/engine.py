@@ -48,7 +48,6 @@ class Engine:
             self.cache_manager,
             config.max_num_seqs,
             config.max_num_batched_tokens,
-            config.eos_token_ids,
         )
         self.runner = ModelRunner(model, num_blocks, block_size)
         self.runner.prepare(config.max_num_seqs, config.max_model_len)
@@ -74,7 +73,7 @@ class Engine:
             raise ValueError(f"{request.request_id} is running already")
         is_guided = request.negative_prompt_token_ids is not None
         longest = self.max_guided_len if is_guided else self.config.max_model_len
-        seq = Sequence(request, longest)
+        seq = Sequence(request, longest, self.config.eos_token_ids)
         self._sequences[request.request_id] = seq
         self.scheduler.add(seq)
 

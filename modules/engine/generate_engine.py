@@ -57,7 +57,9 @@ class GenerateEngine:
         max_model_len = self.config.max_model_len
         if self._is_encoder_decoder:  # the token that a decoder starts with takes a place
             max_model_len += request.num_longest_prompt_tokens - 1
-        self._sequences[request.request_id] = Sequence(request, max_model_len)
+        self._sequences[request.request_id] = Sequence(
+            request, max_model_len, self.config.eos_token_ids
+        )
 
     def abort(self, request_id: str) -> None:
         """End a generation now and free what it holds; idempotent."""
@@ -100,7 +102,7 @@ class GenerateEngine:
         self._decoding[seq.request_id] = decoding
         seq.num_computed_tokens = len(seq.token_ids)
         seq.append(token.token_id)
-        reason = seq.find_finish_reason(self.config.eos_token_ids)
+        reason = seq.find_finish_reason()
         if reason is not None:
             self.abort(seq.request_id)
         return build_output(seq, token, reason)

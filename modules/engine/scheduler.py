@@ -89,7 +89,6 @@ class Scheduler:
         cache_manager: CacheManager,
         max_num_seqs: int,
         max_num_batched_tokens: int,
-        eos_token_ids: frozenset[int],
     ) -> None:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -99,7 +98,6 @@ class Scheduler:
         self._max_num_batched_tokens = max(max_num_batched_tokens, 2 * max_num_seqs)
         size = self._max_num_batched_tokens // 2
         self._chunk_size = size - size % cache_manager.block_size or size
-        self._eos_token_ids = eos_token_ids
 
     @property
     def has_unfinished(self) -> bool:
@@ -269,7 +267,7 @@ class Scheduler:
         reason = None
         for token in tokens:
             seq.append(token.token_id)
-            reason = seq.find_finish_reason(self._eos_token_ids)
+            reason = seq.find_finish_reason()
             outputs.append(build_output(seq, token, reason))
             if reason is not None:
                 break

@@ -41,10 +41,16 @@ class Sequence:
     is guided has a companion, which has another prompt and gets the same tokens.
     """
 
-    def __init__(self, request: SequenceRequest, max_model_len: int) -> None:
+    def __init__(
+        self,
+        request: SequenceRequest,
+        max_model_len: int,
+        eos_token_ids: frozenset[int] = frozenset(),
+    ) -> None:
         params = request.params
         self.request_id = request.request_id
         self.params = params
+        self.eos_token_ids = eos_token_ids
         self.status = SequenceStatus.WAITING
         self.finish_reason: FinishReason | None = None
         self.token_ids = list(request.prompt_token_ids)
@@ -94,12 +100,12 @@ class Sequence:
         if self.companion is not None:
             self.companion.append(token_id)
 
-    def find_finish_reason(self, eos_token_ids: frozenset[int]) -> FinishReason | None:
+    def find_finish_reason(self) -> FinishReason | None:
         """Why the last token ends the sequence; None if it does not."""
         token_id = self.token_ids[-1]
         if token_id in self.params.stop_token_ids:
             return FinishReason.STOP
-        if token_id in eos_token_ids and not self.params.ignore_eos:
+        if token_id in self.eos_token_ids and not self.params.ignore_eos:
             return FinishReason.STOP
         if self.num_output_tokens >= self.max_tokens:
             return FinishReason.LENGTH

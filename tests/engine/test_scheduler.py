@@ -16,7 +16,7 @@ BLOCK_SIZE = 10
 
 def build(max_num_seqs: int = 8, num_blocks: int = 500, budget: int = 100) -> Scheduler:
     cache = CacheManager(num_blocks, BLOCK_SIZE)
-    return Scheduler(cache, max_num_seqs, budget, eos_token_ids=frozenset({2}))
+    return Scheduler(cache, max_num_seqs, budget)
 
 
 def add(scheduler: Scheduler, name: str, num_tokens: int, **params: object) -> Sequence:
@@ -29,7 +29,7 @@ def add_tokens(
     scheduler: Scheduler, name: str, token_ids: Iterable[int], **params: object
 ) -> Sequence:
     wishes = SamplingParams(**params)  # type: ignore[arg-type]
-    seq = Sequence(SequenceRequest(name, tuple(token_ids), wishes), 5000)
+    seq = Sequence(SequenceRequest(name, tuple(token_ids), wishes), 5000, frozenset({2}))
     scheduler.add(seq)
     return seq
 
