@@ -26,6 +26,8 @@ class SequenceRequest:
     request_id: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams = SamplingParams()
+    output_token_ids: tuple[int, ...] = ()
+    """What has been generated already; `max_tokens` counts it."""
     negative_prompt_token_ids: tuple[int, ...] | None = None
     """What `params.guidance_scale` leads away from, at least one token; None: nothing."""
 
@@ -72,6 +74,8 @@ class Sequence:
         if request.negative_prompt_token_ids is not None:
             self.companion = self._build_companion(request.negative_prompt_token_ids, max_model_len)
             self.lookup = None
+        for token_id in request.output_token_ids:
+            self.append(token_id)
 
     def _build_companion(self, prompt_token_ids: tuple[int, ...], max_model_len: int) -> Sequence:
         params = SamplingParams(max_tokens=self.max_tokens)
