@@ -101,7 +101,7 @@ class GenerateEngine:
         (token,) = sample(logits, [seq])
         self._decoding[seq.request_id] = decoding
         seq.num_computed_tokens = len(seq.token_ids)
-        seq.append(token.token_id)
+        seq.append(token.token_id, token.sampler_state)
         reason = seq.find_finish_reason()
         if reason is not None:
             self.abort(seq.request_id)

@@ -196,7 +196,8 @@ def _sample_along(logits: Tensor, items: tuple[ScheduledSequence, ...]) -> list[
         for i in active:
             if seqs[i] is items[i].seq:
                 seqs[i] = seqs[i].fork()
-            seqs[i].append(tokens[i][-1].token_id)
+            token = tokens[i][-1]
+            seqs[i].append(token.token_id, token.sampler_state)
     return tokens
 
 

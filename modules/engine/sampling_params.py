@@ -35,6 +35,9 @@ class SamplerStep(StrEnum):
     NO_REPEAT_NGRAM = "no_repeat_ngram"
 
 
+# Only the top token is left long before this; below it, logits could leave the range of float32.
+MIN_TEMPERATURE = 1e-5
+
 DEFAULT_SAMPLER_ORDER = tuple(SamplerStep)
 
 
@@ -59,7 +62,7 @@ class SamplingParams:
 
     # Chance
     temperature: float = 1.0
-    """0 is greedy."""
+    """0 is greedy, and so is what is as good as 0."""
     dynamic_temperature: tuple[float, float, float] | None = None
     """Lowest, highest and exponent; takes the place of `temperature`."""
     smoothing_factor: float = 0.0
@@ -133,4 +136,4 @@ class SamplingParams:
 
     @property
     def is_greedy(self) -> bool:
-        return self.temperature == 0.0
+        return self.temperature < MIN_TEMPERATURE

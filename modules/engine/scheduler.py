@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from modules.engine.cache_manager import CacheManager
 from modules.engine.logprobs import Logprobs
 from modules.engine.outputs import FinishReason, TokenOutput
+from modules.engine.sampler_plan import SamplerState
 from modules.engine.sequence import Sequence, SequenceStatus
 
 # A step of so many rows takes little longer than one of a single row. Where it is full anyway, a
@@ -67,6 +68,8 @@ class ScheduledBatch:
 class SampledToken:
     token_id: int
     logprobs: Logprobs | None = None
+    sampler_state: SamplerState | None = None
+    """What the sampler has learnt from it."""
 
 
 def build_output(seq: Sequence, token: SampledToken, reason: FinishReason | None) -> TokenOutput:
@@ -266,7 +269,7 @@ class Scheduler:
             return outputs
         reason = None
         for token in tokens:
-            seq.append(token.token_id)
+            seq.append(token.token_id, token.sampler_state)
             reason = seq.find_finish_reason()
             outputs.append(build_output(seq, token, reason))
             if reason is not None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import random
-from collections import Counter
 from dataclasses import dataclass
 from enum import Enum, auto
 
 from modules.engine.outputs import FinishReason
 from modules.engine.prompt_lookup import PromptLookup
+from modules.engine.sampler_plan import SamplerState, plan, start_state
 from modules.engine.sampling_params import SamplingParams
+from modules.engine.token_history import GrowingArray, TokenCounts
 
 
 class SequenceStatus(Enum):
@@ -61,12 +62,16 @@ class Sequence:
         self.num_cached_tokens: int | None = None
         """Prompt tokens that were there when it was admitted first."""
         self.block_table: list[int] = []
-        self.output_counts: Counter[int] = Counter()
         room = max_model_len - request.num_longest_prompt_tokens
         self.max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         # One generator per sequence: what else runs cannot change what it draws.
         self.generator = random.Random(params.seed)
-        self._uniform: float | None = None
+        self._uniforms: list[float] = []
+        self.plan = plan(params)
+        self.sampler_state = start_state(params)
+        # Only what a step looks at is kept.
+        self.history = GrowingArray(self.token_ids) if self.plan.needs_history else None
+        self.output_counts = TokenCounts() if self.plan.needs_counts else None
         num_lookup_tokens = params.prompt_lookup_num_tokens
         self.lookup = PromptLookup(num_lookup_tokens) if num_lookup_tokens > 0 else None
         self.primary: Sequence | None = None
@@ -90,17 +95,21 @@ class Sequence:
         primary = self.primary or self
         return (primary, primary.companion) if primary.companion else (primary,)
 
-    @property
-    def uniform(self) -> float:
-        """The random number in [0, 1) that decides the next token, however often it is tried."""
-        if self._uniform is None:
-            self._uniform = self.generator.random()
-        return self._uniform
+    def uniform(self, number: int = 0) -> float:
+        """A random number in [0, 1) for the next token, the same however often it is tried."""
+        while len(self._uniforms) <= number:
+            self._uniforms.append(self.generator.random())
+        return self._uniforms[number]
 
-    def append(self, token_id: int) -> None:
-        self._uniform = None
+    def append(self, token_id: int, sampler_state: SamplerState | None = None) -> None:
+        """`sampler_state` is what the sampler has learnt from that token."""
+        self._uniforms = []
         self.token_ids.append(token_id)
-        self.output_counts[token_id] += 1
+        self.sampler_state = sampler_state or self.sampler_state
+        if self.history is not None:
+            self.history.append(token_id)
+        if self.output_counts is not None:
+            self.output_counts.add(token_id)
         if self.companion is not None:
             self.companion.append(token_id)
 
@@ -119,7 +128,8 @@ class Sequence:
         """One that goes on apart, but draws from the same random numbers."""
         other = copy.copy(self)
         other.token_ids = self.token_ids.copy()
-        other.output_counts = self.output_counts.copy()
+        other.history = self.history and self.history.copy()
+        other.output_counts = self.output_counts and self.output_counts.copy()
         return other
 
     @property
