@@ -119,6 +119,10 @@ class SamplingParams:
     first_token_ids: tuple[int, ...] | None = None
     """The first token is one of them."""
 
+    # Away from another prompt
+    guidance_scale: float = 1.0
+    """How far, where a request brings a negative prompt; 1: no way."""
+
     # Beside the tokens
     prompt_lookup_num_tokens: int = 0
     """Most tokens to guess from what came before, and to read at once. Changes no token."""

@@ -27,12 +27,19 @@ class SequenceRequest:
     request_id: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams = SamplingParams()
+    negative_prompt_token_ids: tuple[int, ...] | None = None
+    """What `params.guidance_scale` leads away from, at least one token; None: nothing."""
+
+    @property
+    def num_longest_prompt_tokens(self) -> int:
+        return max(len(self.prompt_token_ids), len(self.negative_prompt_token_ids or ()))
 
 
 class Sequence:
     """Tokens of a prompt and its output, and how far the model has read them.
 
-    Owned by the scheduler (status, counts); the block table belongs to the cache manager.
+    Owned by the scheduler (status, counts); the block table belongs to the cache manager. One that
+    is guided has a companion, which has another prompt and gets the same tokens.
     """
 
     def __init__(
@@ -53,7 +60,7 @@ class Sequence:
         self.num_cached_tokens: int | None = None
         """Prompt tokens that were there when it was admitted first."""
         self.block_table: list[int] = []
-        room = max_model_len - self.num_prompt_tokens
+        room = max_model_len - request.num_longest_prompt_tokens
         self.max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         # One generator per sequence: what else runs cannot change what it draws.
         self.generator = random.Random(params.seed)
@@ -65,6 +72,24 @@ class Sequence:
         self.output_counts = TokenCounts() if self.plan.needs_counts else None
         num_lookup_tokens = params.prompt_lookup_num_tokens
         self.lookup = PromptLookup(num_lookup_tokens) if num_lookup_tokens > 0 else None
+        self.primary: Sequence | None = None
+        self.companion: Sequence | None = None
+        if request.negative_prompt_token_ids is not None:
+            self.companion = self._build_companion(request.negative_prompt_token_ids, max_model_len)
+            self.lookup = None
+
+    def _build_companion(self, prompt_token_ids: tuple[int, ...], max_model_len: int) -> Sequence:
+        params = SamplingParams(max_tokens=self.max_tokens)
+        request = SequenceRequest(self.request_id, prompt_token_ids, params)
+        companion = Sequence(request, max_model_len)
+        companion.primary = self
+        return companion
+
+    @property
+    def unit(self) -> tuple[Sequence, ...]:
+        """What runs or waits together: a sequence, and its companion after it."""
+        primary = self.primary or self
+        return (primary, primary.companion) if primary.companion else (primary,)
 
     def uniform(self, number: int = 0) -> float:
         """A random number in [0, 1) for the next token, the same however often it is tried."""
@@ -81,6 +106,8 @@ class Sequence:
             self.history.append(token_id)
         if self.output_counts is not None:
             self.output_counts.add(token_id)
+        if self.companion is not None:
+            self.companion.append(token_id)
 
     def find_finish_reason(self) -> FinishReason | None:
         """Why the last token ends the sequence; None if it does not."""
