@@ -51,6 +51,8 @@ class Sequence:
         self.num_computed_tokens = 0
         self.num_cached_tokens: int | None = None
         """Prompt tokens that were there when it was admitted first."""
+        self.num_scored_tokens = 0 if params.prompt_logprobs else self.num_prompt_tokens
+        """Prompt tokens that have been reported, or need not be."""
         self.block_table: list[int] = []
         self.output_counts: Counter[int] = Counter()
         room = max_model_len - self.num_prompt_tokens
@@ -67,6 +69,15 @@ class Sequence:
         if self._uniform is None:
             self._uniform = self.generator.random()
         return self._uniform
+
+    @property
+    def only_scores(self) -> bool:
+        """It ends with its prompt."""
+        return self.params.prompt_logprobs and self.max_tokens == 0
+
+    @property
+    def is_scored(self) -> bool:
+        return self.num_scored_tokens == self.num_prompt_tokens
 
     def append(self, token_id: int) -> None:
         self._uniform = None
