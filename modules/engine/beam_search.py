@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, replace
 
-from modules.engine.outputs import FinishReason, TokenOutput
+from modules.engine.continuations import (
+    Generate,
+    find_finish_reason,
+    find_stop_token_ids,
+    read_continuations,
+    to_step_params,
+)
+from modules.engine.outputs import TokenOutput
 from modules.engine.sampling_params import SamplingParams
 from modules.engine.sequence import SequenceRequest
-
-Generate = Callable[[list[SequenceRequest]], AsyncGenerator[list[TokenOutput], None]]
-"""As of `AsyncEngine`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,62 +39,25 @@ async def search_beams(
     eos_token_ids: frozenset[int],
 ) -> AsyncGenerator[list[TokenOutput], None]:
     """Yields the outputs of the best beams when they are known, the best one's as the answer to the
-    first of `requests`, which only differ in their ids. Yields the output of a failure instead.
+    first of `requests`, which only differ in their ids.
 
     Their `max_tokens` must be given. What only changes how tokens are drawn, such as the
     temperature, is not applied; log-probabilities are those after all other steps.
+
+    Raises GenerationFailedError and GenerationAbortedError.
     """
     first = requests[0]
-    stop_token_ids = _find_stop_token_ids(first.params, eos_token_ids)
-    params = replace(
-        first.params,
-        temperature=0.0,
-        prompt_lookup_num_tokens=0,
-        # Those that go on, and those that end.
-        num_logprobs=options.num_beams + len(stop_token_ids),
-        processed_logprobs=True,
-    )
-    search = _Search(options, stop_token_ids, first.params)
+    num_stop_token_ids = len(find_stop_token_ids(first.params, eos_token_ids))
+    # Those that go on, and those that end.
+    params = to_step_params(first.params, options.num_beams + num_stop_token_ids)
+    search = _Search(options, first.params, eos_token_ids)
     while search.live:
-        steps = [_build_step(first, params, *beam) for beam in enumerate(search.live)]
-        outputs = await _collect(generate, steps)
-        failure = next((o for o in outputs if o.finish_reason in _FAILURES), None)
-        if failure is not None:
-            yield [replace(failure, request_id=first.request_id)]
-            return
-        search.advance(outputs)
+        beams = [beam.token_ids for beam in search.live]
+        outputs = await read_continuations(generate, first, params, beams)
+        search.advance([output for (output,) in outputs])
     for rank, request in enumerate(requests):
         beam = search.complete[min(rank, len(search.complete) - 1)]
         yield [replace(output, request_id=request.request_id) for output in beam.outputs]
-
-
-_FAILURES = (FinishReason.ABORT, FinishReason.ERROR)
-
-
-def _find_stop_token_ids(params: SamplingParams, eos_token_ids: frozenset[int]) -> frozenset[int]:
-    eos = frozenset[int]() if params.ignore_eos else eos_token_ids
-    return eos.union(params.stop_token_ids)
-
-
-def _build_step(
-    request: SequenceRequest, params: SamplingParams, number: int, beam: _Beam
-) -> SequenceRequest:
-    length = len(beam.outputs)
-    return replace(
-        request,
-        request_id=f"{request.request_id}-{length}-{number}",
-        params=replace(params, max_tokens=length + 1),
-        output_token_ids=tuple(output.token_id for output in beam.outputs),
-    )
-
-
-async def _collect(generate: Generate, requests: list[SequenceRequest]) -> list[TokenOutput]:
-    """The one output of each, in order."""
-    found: dict[str, TokenOutput] = {}
-    async with aclosing(generate(requests)) as steps:
-        async for outputs in steps:
-            found.update((output.request_id, output) for output in outputs)
-    return [found[request.request_id] for request in requests]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,16 +65,20 @@ class _Beam:
     outputs: tuple[TokenOutput, ...] = ()
     sum_logprobs: float = 0.0
 
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return tuple(output.token_id for output in self.outputs)
+
 
 class _Search:
     """The beams of one prompt."""
 
     def __init__(
-        self, options: BeamOptions, stop_token_ids: frozenset[int], params: SamplingParams
+        self, options: BeamOptions, params: SamplingParams, eos_token_ids: frozenset[int]
     ) -> None:
         self._options = options
-        self._stop_token_ids = stop_token_ids
         self._params = params
+        self._eos_token_ids = eos_token_ids
         self.live = [_Beam()]
         self.complete: list[_Beam] = []
         """The best ones, the best first."""
@@ -122,8 +92,8 @@ class _Search:
             for token_id, logprob in output.top_logprobs
             if logprob > -math.inf
         ]
-        num_needed = num_beams + len(self.live) * len(self._stop_token_ids)
-        best = heapq.nlargest(num_needed, candidates, key=lambda candidate: candidate[0])
+        num_ending = len(self.live) * len(find_stop_token_ids(self._params, self._eos_token_ids))
+        best = heapq.nlargest(num_beams + num_ending, candidates, key=lambda c: c[0])
         beams = [self._extend(*candidate) for candidate in best]
         self.live = [beam for beam in beams if not _is_complete(beam)][:num_beams]
         self.complete += [beam for beam in beams[:num_beams] if _is_complete(beam)]
@@ -135,11 +105,7 @@ class _Search:
     def _extend(
         self, total: float, beam: _Beam, output: TokenOutput, token_id: int, logprob: float
     ) -> _Beam:
-        reason = None
-        if token_id in self._stop_token_ids:
-            reason = FinishReason.STOP
-        elif len(beam.outputs) + 1 >= (self._params.max_tokens or 0):
-            reason = FinishReason.LENGTH
+        reason = find_finish_reason(self._params, self._eos_token_ids, (*beam.token_ids, token_id))
         num_tops = self._params.num_logprobs
         output = replace(
             output,

@@ -114,6 +114,7 @@ def build_output(
         num_cached_tokens=seq.num_cached_tokens or 0,
         logprob=logprobs.logprob if logprobs else None,
         top_logprobs=logprobs.top if logprobs else (),
+        hidden_state=logprobs.hidden_state if logprobs else None,
         is_prompt=is_prompt,
     )
 

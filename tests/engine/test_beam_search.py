@@ -18,6 +18,7 @@ from modules.engine.engine import Engine, EngineConfig
 from modules.engine.generate_engine import GenerateEngine
 from modules.engine.outputs import FinishReason, TokenOutput
 from modules.engine.sequence import SequenceRequest
+from modules.errors import GenerationAbortedError, GenerationFailedError
 from tests.engine.conftest import request, token_ids
 from tests.engine.test_engine import generate, random_prompts
 from tests.engine.test_generate_engine import build_alone
@@ -167,10 +168,16 @@ def test_log_probabilities_are_those_of_the_beam(tiny_model) -> None:
     assert [o.finish_reason for o in found] == [*itertools.repeat(None, 5), FinishReason.LENGTH]
 
 
-def test_a_failure_is_passed_on() -> None:
+@pytest.mark.parametrize(
+    ("reason", "error"),
+    [
+        (FinishReason.ERROR, GenerationFailedError),
+        (FinishReason.ABORT, GenerationAbortedError),
+    ],
+)
+def test_a_failure_is_passed_on(reason: FinishReason, error: type[Exception]) -> None:
     async def fail(requests: list[SequenceRequest]) -> AsyncGenerator[list[TokenOutput], None]:
-        yield [TokenOutput(wish.request_id, 0, FinishReason.ERROR) for wish in requests]
+        yield [TokenOutput(wish.request_id, 0, reason) for wish in requests]
 
-    wish = request("a", [5])
-    found = collect(search_beams(fail, [wish], BeamOptions(num_beams=2), frozenset()))
-    assert [output.finish_reason for output in found["a"]] == [FinishReason.ERROR]
+    with pytest.raises(error):
+        collect(search_beams(fail, [request("a", [5])], BeamOptions(num_beams=2), frozenset()))
