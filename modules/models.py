@@ -49,6 +49,7 @@ from modules.errors import (
 from modules.instruction_templates import ChatTemplate, choose_template
 from modules.model_files import FoundModel, find_model, list_models
 from modules.settings import PROJECT_ROOT, Settings
+from modules.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +89,7 @@ class LoadedModel:
     max_model_len: int
     """Most tokens of prompt and reply together; of an encoder-decoder, of each."""
     chat_template: ChatTemplate
+    vocabulary: Vocabulary
     eos_token_ids: frozenset[int] = frozenset()
     """They end a reply."""
     continues_prompt: bool = True
@@ -192,6 +194,7 @@ def _load(found: FoundModel, settings: Settings) -> LoadedModel:
         name=found.name,
         tokenizer=tokenizer,
         vocab_size=_vocab_size(model),
+        vocabulary=Vocabulary(tokenizer, _vocab_size(model)),
         max_model_len=config.max_model_len,
         chat_template=_choose_template(found.name, tokenizer, settings),
         eos_token_ids=config.eos_token_ids,

@@ -16,6 +16,7 @@ from modules.engine.sequence import SequenceRequest
 from modules.errors import EngineDeadError, GenerationAbortedError, NoModelLoadedError
 from modules.instruction_templates import ChatTemplate, TemplateSource
 from modules.models import LoadedModel
+from modules.vocabulary import Vocabulary
 
 END_OF_TEXT, IM_START, IM_END = 256, 257, 258
 VOCAB_SIZE = 259
@@ -190,6 +191,7 @@ def build_model(engine: FakeEngine, tokenizer: PreTrainedTokenizerFast) -> Loade
         engine=engine,
         tokenizer=tokenizer,
         vocab_size=VOCAB_SIZE,
+        vocabulary=Vocabulary(tokenizer, VOCAB_SIZE),
         max_model_len=1024,
         eos_token_ids=frozenset({IM_END}),
         chat_template=ChatTemplate(
