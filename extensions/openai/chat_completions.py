@@ -43,7 +43,8 @@ async def answer_chat(context: Context, body: ChatCompletionRequest) -> Answer:
     model = context.models.current
     # In a thread: a template that a client sent may take its time.
     prompt = await asyncio.to_thread(_build_prompt, context.settings, model, body)
-    generation = await text_generation.generate(model, _to_text_request(model, body, prompt))
+    request = await asyncio.to_thread(_to_text_request, model, body, prompt)
+    generation = await text_generation.generate(model, request)
     usage = UsageCounter(generation, body.n)
     deltas = usage.count()
     if not body.continue_:  # there, a space parts two words

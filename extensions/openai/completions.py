@@ -1,5 +1,6 @@
 """POST /v1/completions: continues texts or token ids."""
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
@@ -38,7 +39,9 @@ def add_routes(router: APIRouter, context: Context) -> None:
 async def answer_completion(context: Context, body: CompletionRequest) -> Answer:
     """Raises what `text_generation.generate` raises, and NoModelLoadedError."""
     model = context.models.current
-    generation = await text_generation.generate(model, _to_text_request(model, body))
+    # In a thread: the first time that tokens are searched takes a while.
+    request = await asyncio.to_thread(_to_text_request, model, body)
+    generation = await text_generation.generate(model, request)
     usage = UsageCounter(generation, body.num_candidates)
     deltas = usage.count()
     if body.num_candidates > body.n:

@@ -30,9 +30,9 @@ def to_sampling_params(
     max_tokens: int | None,
     num_logprobs: int | None = None,
 ) -> SamplingParams:
-    """What `options` ask of `model`.
+    """What `options` ask of `model`. The first DRY of all may take a second: call it in a thread.
 
-    Raises InvalidRequestError where they name tokens that it has not, or leave it none.
+    Raises InvalidRequestError where they name tokens that the model has not, or leave it none.
     """
     _check_token_ids(options, model.vocab_size)
     allowed = _to_allowed_token_ids(options)
@@ -62,6 +62,7 @@ def to_sampling_params(
         top_n_sigma=options.top_n_sigma,
         xtc_threshold=options.xtc_threshold,
         xtc_probability=options.xtc_probability,
+        xtc_protected_token_ids=_find_xtc_protected(options, model),
         mirostat_mode=options.mirostat_mode,
         mirostat_tau=options.mirostat_tau,
         mirostat_eta=options.mirostat_eta,
@@ -76,6 +77,7 @@ def to_sampling_params(
         dry_multiplier=options.dry_multiplier,
         dry_base=options.dry_base,
         dry_allowed_length=options.dry_allowed_length,
+        dry_breaker_token_ids=_find_dry_breakers(options, model),
         logit_bias=logit_bias,
         allowed_token_ids=allowed,
         prompt_lookup_num_tokens=options.prompt_lookup_num_tokens,
@@ -112,6 +114,30 @@ def _to_sampler_order(options: SamplingOptions) -> tuple[SamplerStep, ...]:
     if options.temperature_last:
         order.sort(key=lambda step: step in TEMPERATURE_STEPS)
     return tuple(order)
+
+
+# What only the tokenizer knows
+
+
+def _find_dry_breakers(options: SamplingOptions, model: LoadedModel) -> frozenset[int]:
+    if not options.dry_multiplier:
+        return frozenset()
+    found = (_find_breaker(text, model) for text in options.dry_sequence_breakers)
+    return frozenset().union(*found)
+
+
+def _find_breaker(text: str, model: LoadedModel) -> frozenset[int]:
+    """The tokens that contain it; if none does, the one that it ends with."""
+    containing = model.vocabulary.find_containing(text)
+    return containing or frozenset(model.encode(text, add_special_tokens=False)[-1:])
+
+
+def _find_xtc_protected(options: SamplingOptions, model: LoadedModel) -> tuple[int, ...]:
+    """The ends of a line and of the text."""
+    if not options.xtc_probability:
+        return ()
+    newline = model.encode("\n", add_special_tokens=False)[-1:]
+    return tuple(sorted({*newline, *model.eos_token_ids}))
 
 
 # Single tokens

@@ -11,7 +11,7 @@ from extensions.openai.typing import GenerationOptions, SamplerName
 from modules.engine.sampling_params import DEFAULT_SAMPLER_ORDER, SamplerStep, SamplingParams
 from modules.errors import InvalidRequestError
 from modules.models import LoadedModel
-from tests.fakes import IM_END, VOCAB_SIZE
+from tests.fakes import END_OF_TEXT, IM_END, IM_START, VOCAB_SIZE
 
 Convert = Callable[..., SamplingParams]
 
@@ -42,10 +42,26 @@ def test_the_defaults_are_neutral(convert: Convert) -> None:
         ({"min_tokens": 5}, None),
         ({"typical_p": 0.5, "tfs": 0.9, "top_a": 0.2, "top_n_sigma": 1.5}, None),
         ({"smoothing_factor": 0.3, "smoothing_curve": 2.0}, None),
-        ({"xtc_threshold": 0.2, "xtc_probability": 0.5}, None),
+        (
+            {"xtc_threshold": 0.2, "xtc_probability": 0.5},
+            {
+                "xtc_threshold": 0.2,
+                "xtc_probability": 0.5,
+                "xtc_protected_token_ids": (10, IM_END),
+            },
+        ),
+        ({"xtc_threshold": 0.2}, None),
         ({"mirostat_mode": 2, "mirostat_tau": 4.0, "mirostat_eta": 0.2}, None),
         ({"encoder_repetition_penalty": 1.1, "no_repeat_ngram_size": 3}, None),
-        ({"dry_multiplier": 0.8, "dry_base": 2.0, "dry_allowed_length": 3}, None),
+        (
+            {"dry_multiplier": 0.8, "dry_base": 2.0, "dry_allowed_length": 3},
+            {
+                "dry_multiplier": 0.8,
+                "dry_base": 2.0,
+                "dry_allowed_length": 3,
+                "dry_breaker_token_ids": frozenset(b'\n:"*'),
+            },
+        ),
         ({"adaptive_target": 0.3, "adaptive_decay": 0.5}, None),
         ({"adaptive_target": 0.0}, {}),
         ({"epsilon_cutoff": 3, "eta_cutoff": 30}, {"epsilon_cutoff": 3e-4, "eta_cutoff": 3e-3}),
@@ -86,6 +102,21 @@ def test_max_tokens() -> None:
     assert to_max_tokens(GenerationOptions()) is None
     assert to_max_tokens(GenerationOptions(max_tokens=5)) == 5
     assert to_max_tokens(GenerationOptions(max_tokens=5, max_completion_tokens=0)) == 0
+
+
+@pytest.mark.parametrize(
+    ("breakers", "expected"),
+    [
+        (["x"], {ord("x"), END_OF_TEXT}),  # <|endoftext|> has one too
+        (["ab"], {ord("b")}),  # no token has both
+        ('"ab", "\\n"', {ord("b"), 10}),
+        ('["|"]', {ord("|"), END_OF_TEXT, IM_START, IM_END}),
+        ("", set()),
+    ],
+)
+def test_dry_breakers_become_tokens(convert: Convert, breakers: Any, expected: set[int]) -> None:
+    params = convert(dry_multiplier=1.0, dry_sequence_breakers=breakers)
+    assert params.dry_breaker_token_ids == expected
 
 
 def test_every_step_can_be_named() -> None:
