@@ -17,6 +17,7 @@ from modules.engine.cache_manager import BLOCK_SIZE
 from modules.engine.cpu_attention import CpuAttention
 from modules.engine.cuda_attention import PAGE_SIZE, VarlenAttention, find_kernel
 from modules.engine.cuda_graphs import DecodeGraphs, make_cuda_graphs
+from modules.engine.guidance import guide
 from modules.engine.sampler import sample
 from modules.engine.scheduler import SampledToken, ScheduledBatch, ScheduledSequence
 from modules.engine.torch_attention import TorchAttention
@@ -99,15 +100,15 @@ class ModelRunner:
         logits = self.forward(batch)
         if not batch.sampled:
             return []
-        return _sample_along(logits, batch.sampled)
+        return _sample_along(guide(logits, batch.items), batch.sampled)
 
     @property
     def num_kv_bytes_per_token(self) -> int:
         return self._attention.num_bytes_per_token
 
     def forward(self, batch: ScheduledBatch) -> Tensor:
-        """Logits after the last token of the sequences that are sampled, and after each of their
-        drafts: [num_rows, vocab_size], float32.
+        """Logits after the last token of the sequences that are sampled and of their companions,
+        and after each token of their drafts: [num_rows, vocab_size], float32.
         """
         token_ids, positions, segments, last_rows = _pack(batch)
         logits = None
@@ -195,7 +196,8 @@ def _sample_along(logits: Tensor, items: tuple[ScheduledSequence, ...]) -> list[
         for i in active:
             if seqs[i] is items[i].seq:
                 seqs[i] = seqs[i].fork()
-            seqs[i].append(tokens[i][-1].token_id)
+            token = tokens[i][-1]
+            seqs[i].append(token.token_id, token.sampler_state)
     return tokens
 
 
