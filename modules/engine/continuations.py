@@ -25,6 +25,7 @@ def to_step_params(params: SamplingParams, num_logprobs: int) -> SamplingParams:
         prompt_lookup_num_tokens=0,
         num_logprobs=num_logprobs,
         processed_logprobs=True,
+        prompt_logprobs=False,
     )
 
 
