@@ -245,6 +245,7 @@ def _choose_config(
         eos_token_ids=find_eos_token_ids(model, tokenizer),
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
+        is_deterministic=settings.deterministic,
         num_cache_tokens=num_cache_tokens,
         # A card's memory is taken anyway.
         num_retained_tokens=num_cache_tokens if model.device.type == "cuda" else None,
