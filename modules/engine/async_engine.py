@@ -161,15 +161,15 @@ class AsyncEngine:
         """
         self._num_failed_steps += 1
         outputs = []
-        for item in batch.items:
+        for unit in batch.units:
             try:
-                outputs += self._engine.execute(ScheduledBatch((item,)))
+                outputs += self._engine.execute(unit)
                 self._num_failed_steps = 0
             except Exception as error:
                 if self._num_failed_steps >= MAX_FAILED_STEPS:
                     raise
                 _log("A generation has failed", error)
-                outputs.append(self._engine.fail(item.seq.request_id))
+                outputs.append(self._engine.fail(unit.items[0].seq.request_id))
         return outputs
 
     def _obey_commands(self) -> bool:

@@ -54,17 +54,26 @@ class Engine:
         self._sequences: dict[str, Sequence] = {}
 
     @property
+    def max_guided_len(self) -> int:
+        """Most tokens of a guided sequence, which shares the cache with its companion."""
+        manager = self.cache_manager
+        return min(self.config.max_model_len, manager.num_blocks // 2 * manager.block_size)
+
+    @property
     def has_unfinished(self) -> bool:
         return self.scheduler.has_unfinished
 
     def add(self, request: SequenceRequest) -> None:
-        """Queue a generation. The prompt must have a token, and be shorter than `max_model_len`.
+        """Queue a generation. The prompt must have a token, and be shorter than `max_model_len`;
+        one that is guided, and its negative prompt, shorter than `max_guided_len`.
 
         Raises ValueError if the id is that of a generation that has not ended.
         """
         if request.request_id in self._sequences:
             raise ValueError(f"{request.request_id} is running already")
-        seq = Sequence(request, self.config.max_model_len, self.config.eos_token_ids)
+        is_guided = request.negative_prompt_token_ids is not None
+        longest = self.max_guided_len if is_guided else self.config.max_model_len
+        seq = Sequence(request, longest, self.config.eos_token_ids)
         self._sequences[request.request_id] = seq
         self.scheduler.add(seq)
 

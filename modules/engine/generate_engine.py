@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from modules.engine.engine import EngineConfig
+from modules.engine.guidance import apply_guidance
 from modules.engine.logprobs import Logprobs, compute_logprobs
 from modules.engine.model_runner import NUM_THREADS
 from modules.engine.outputs import FinishReason, TokenOutput
@@ -44,8 +45,13 @@ class GenerateEngine:
         self._model: Any = model.eval()
         self._is_encoder_decoder = bool(model.config.is_encoder_decoder)
         self._sequences: dict[str, Sequence] = {}
-        # Of the sequence that has begun: there is one at most. With it goes the model's cache.
-        self._decoding: dict[str, Iterator[Tensor]] = {}
+        # Of the sequence that has begun, there is one at most, and of its companion. With each goes
+        # the model's cache.
+        self._decoding: dict[str, list[Iterator[Tensor]]] = {}
+
+    @property
+    def max_guided_len(self) -> int:
+        return self.config.max_model_len
 
     @property
     def has_unfinished(self) -> bool:
@@ -62,7 +68,7 @@ class GenerateEngine:
             raise ValueError(f"{request.request_id} is running already")
         max_model_len = self.config.max_model_len
         if self._is_encoder_decoder:  # the token that a decoder starts with takes a place
-            max_model_len += len(request.prompt_token_ids) - 1
+            max_model_len += request.num_longest_prompt_tokens - 1
         self._sequences[request.request_id] = Sequence(
             request, max_model_len, self.config.eos_token_ids
         )
@@ -104,7 +110,7 @@ class GenerateEngine:
             return report_prompt(seq, scores)
         token = self._sample(seq)
         prompt = report_prompt(seq, scores)
-        seq.append(token.token_id)
+        seq.append(token.token_id, token.sampler_state)
         reason = seq.find_finish_reason()
         if reason is not None:
             self.abort(seq.request_id)
@@ -112,8 +118,12 @@ class GenerateEngine:
 
     def _sample(self, seq: Sequence) -> SampledToken:
         # It is put back only after a success: otherwise the cache may be in any state.
-        decoding = self._decoding.pop(seq.request_id, None) or self._start(seq)
-        (token,) = sample(next(decoding), [seq])
+        decoding = self._decoding.pop(seq.request_id, None) or [*map(self._start, seq.unit)]
+        logits, *negative = [next(member) for member in decoding]
+        if negative:
+            scale = torch.tensor([seq.params.guidance_scale], device=logits.device)
+            logits = apply_guidance(logits, negative[0], scale)
+        (token,) = sample(logits, [seq])
         self._decoding[seq.request_id] = decoding
         seq.num_computed_tokens = len(seq.token_ids)
         return token

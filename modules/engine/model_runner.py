@@ -19,6 +19,7 @@ from modules.engine.cache_manager import BLOCK_SIZE
 from modules.engine.cpu_attention import CpuAttention
 from modules.engine.cuda_attention import PAGE_SIZE, VarlenAttention, find_kernel
 from modules.engine.cuda_graphs import DecodeGraphs, make_cuda_graphs
+from modules.engine.guidance import guide
 from modules.engine.logprobs import Logprobs, compute_logprobs
 from modules.engine.sampler import sample
 from modules.engine.scheduler import SampledToken, ScheduledBatch, ScheduledSequence, StepResult
@@ -98,10 +99,11 @@ class ModelRunner:
             most: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
             numba.set_num_threads(min(NUM_THREADS, most))
         logits = self.forward(batch)
-        num_sampled_rows = sum(1 + len(item.draft) for item in batch.sampled)
+        num_scored_rows = sum(len(item.scored) for item in batch.scored)
+        sampled, scored = logits.split([len(logits) - num_scored_rows, num_scored_rows])
         return StepResult(
-            _sample_along(logits[:num_sampled_rows], batch.sampled),
-            _score_prompts(logits[num_sampled_rows:], batch.scored),
+            _sample_along(guide(sampled, batch.items), batch.sampled),
+            _score_prompts(scored, batch.scored),
         )
 
     @property
@@ -110,11 +112,13 @@ class ModelRunner:
 
     def forward(self, batch: ScheduledBatch) -> Tensor:
         """Logits, [num_rows, vocab_size], float32: after the last token of the sequences that are
-        sampled and after each of their drafts; then before each token that is scored.
+        sampled and of their companions, and after each token of their drafts; then before each
+        token of a prompt that is scored.
         """
         token_ids, positions, segments, rows = _pack(batch)
         logits = None
-        if self._graphs is not None and len(batch.sampled) == len(rows) == len(token_ids):
+        is_step_of_ones = len(batch.items) == len(token_ids) and rows == [*range(len(token_ids))]
+        if self._graphs is not None and is_step_of_ones:
             logits = self._graphs.run(token_ids, positions, segments)
         if logits is None:
             attention = self._attention.batch(segments)
@@ -170,7 +174,6 @@ def _pack(
     segments = []
     sampled_rows: list[int] = []
     scored_rows: list[int] = []
-    sampled = set(map(id, batch.sampled))
     for item in batch.items:
         # Attended to as if alone, each of them, a draft's tokens are rounded as in steps of one.
         end = item.end + len(item.draft)
@@ -180,7 +183,7 @@ def _pack(
         first_row = len(token_ids)
         token_ids += [*item.seq.token_ids[item.start : item.end], *item.draft]
         positions += range(item.start, end)
-        if id(item) in sampled:
+        if item.is_last_chunk:
             sampled_rows += range(len(token_ids) - 1 - len(item.draft), len(token_ids))
         # What follows a token is said by its own row.
         scored_rows += [first_row + place - 1 - item.start for place in item.scored]
@@ -205,7 +208,8 @@ def _sample_along(logits: Tensor, items: tuple[ScheduledSequence, ...]) -> list[
         for i in active:
             if seqs[i] is items[i].seq:
                 seqs[i] = seqs[i].fork()
-            seqs[i].append(tokens[i][-1].token_id)
+            token = tokens[i][-1]
+            seqs[i].append(token.token_id, token.sampler_state)
     return tokens
 
 

@@ -1,169 +1,170 @@
 """Which token comes next: logits of a batch and the wishes of its sequences in, one token per
 sequence out.
 
-What happens to a row depends on nothing but that row: the steps it goes through follow from its own
-parameters, and its random numbers from its own generator, so a sequence gets the same tokens in
-any company.
+Rows whose sequences have the same plan go through its steps together, each with its own values.
+What happens to a row depends on nothing but that row, and its random numbers come from its own
+generator, so a sequence gets the same tokens in any company.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import replace
+from collections import defaultdict
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from modules.engine.logits_processors import (
-    apply_count_penalties,
-    apply_min_p,
-    apply_repetition_penalty,
-    apply_temperature,
-    apply_top_k,
-    apply_top_p,
-)
-from modules.engine.logprobs import compute_logprobs
-from modules.engine.sampling_params import SamplingParams
+from modules.engine.candidates import Candidates
+from modules.engine.logits_processors import add_to_tokens, keep_tokens
+from modules.engine.logprobs import Logprobs, compute_logprobs
+from modules.engine.sampler_chain import STEPS, join
+from modules.engine.sampler_plan import Plan, learn
 from modules.engine.scheduler import SampledToken
 from modules.engine.sequence import Sequence
 from modules.engine.transfer import upload
 
 
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """The tokens of the rows with one plan, and the candidates that they were chosen from."""
+
+    plan: Plan
+    rows: list[int]
+    candidates: Candidates
+    places: Tensor
+    """[num_rows, 1]"""
+
+
 def sample(logits: Tensor, seqs: list[Sequence]) -> list[SampledToken]:
     """One token for each of `seqs`; `logits` [num_seqs, vocab_size], float32.
 
-    Raises FloatingPointError when the model has computed something that is no number.
+    Raises FloatingPointError when the model has computed something that is no number, or no token
+    is left that may be generated.
     """
-    penalized = _penalize(logits, seqs)
-    token_ids = torch.empty(len(seqs), dtype=torch.long, device=logits.device)
-    for select, choose in _CHOICES:
-        rows = [row for row, seq in enumerate(seqs) if select(seq.params)]
-        if len(rows) == len(seqs):
-            token_ids = choose(penalized, seqs)
-        elif rows:
-            places = _column(logits, rows)
-            token_ids[places] = choose(penalized[places], [seqs[row] for row in rows])
-    return _fetch(logits, token_ids, seqs)
-
-
-def _fetch(logits: Tensor, token_ids: Tensor, seqs: list[Sequence]) -> list[SampledToken]:
-    """What there is to know on the host, in one copy: a card is waited for once."""
-    columns = [logits.amax(-1), token_ids]
-    # float64 holds every token id
-    highest, ids = torch.stack([column.double() for column in columns]).tolist()
-    if not all(map(math.isfinite, highest)):
-        raise FloatingPointError("logits are not finite")
-    tokens = [SampledToken(int(token_id)) for token_id in ids]
-    asked = [row for row, seq in enumerate(seqs) if seq.params.num_logprobs is not None]
-    if asked:
-        found = compute_logprobs(
-            logits[_column(logits, asked)],
-            [tokens[row].token_id for row in asked],
-            [seqs[row].params.num_logprobs or 0 for row in asked],
-        )
-        for row, logprobs in zip(asked, found, strict=True):
-            tokens[row] = replace(tokens[row], logprobs=logprobs)
+    allowed = _restrict(logits, seqs)
+    groups: dict[Plan, list[int]] = defaultdict(list)
+    for row, seq in enumerate(seqs):
+        groups[seq.plan].append(row)
+    choices = [_choose(allowed, seqs, plan, rows) for plan, rows in groups.items()]
+    tokens = _fetch(logits, seqs, choices)
+    for row, logprobs in _report(logits, seqs, choices, tokens).items():
+        tokens[row] = replace(tokens[row], logprobs=logprobs)
     return tokens
 
 
-def _penalize(logits: Tensor, seqs: list[Sequence]) -> Tensor:
-    return _penalize_counts(_penalize_repetition(logits, seqs), seqs)
+def _choose(logits: Tensor, seqs: list[Sequence], plan: Plan, rows: list[int]) -> _Choice:
+    group = [seqs[row] for row in rows]
+    if len(rows) < len(seqs):
+        logits = logits[upload(rows, logits.device)]
+    candidates = Candidates(logits.shape[-1], logits)
+    for step in plan.steps:
+        candidates = STEPS[step](candidates, group)
+    if plan.is_greedy:
+        return _Choice(plan, rows, candidates, candidates.logits.argmax(-1, keepdim=True))
+    uniforms = upload([[seq.uniform()] for seq in group], logits.device, torch.float64)
+    return _Choice(plan, rows, candidates, candidates.draw(uniforms))
 
 
-def _penalize_repetition(logits: Tensor, seqs: list[Sequence]) -> Tensor:
-    # a range of 0 is all: [-0:] is the whole list
-    seen = [
-        (row, set(seq.token_ids[-seq.params.repetition_penalty_range :]))
-        for row, seq in enumerate(seqs)
-        if seq.params.repetition_penalty != 1.0
-    ]
-    if not seen:
-        return logits
-    rows = _repeat(logits, [(row, len(ids)) for row, ids in seen])
-    token_ids = _column(logits, [token_id for _, ids in seen for token_id in ids])
-    penalty = _column(logits, [seq.params.repetition_penalty for seq in seqs])[rows]
-    return apply_repetition_penalty(logits, rows, token_ids, penalty)
+def _fetch(logits: Tensor, seqs: list[Sequence], choices: list[_Choice]) -> list[SampledToken]:
+    """What there is to know on the host, in one copy: a card is waited for once."""
+    places = [row for choice in choices for row in choice.rows]
+    chosen = torch.cat([_look_up(choice) for choice in choices], dim=-1)
+    # float64 holds every token id
+    *columns, highest = torch.cat([chosen, logits.amax(-1).double()[None]]).tolist()
+    if not all(map(math.isfinite, highest)):
+        raise FloatingPointError("logits are not finite")
+    tokens: dict[int, SampledToken] = {}
+    for row, token_id, logit, prob, earlier in zip(places, *columns, strict=True):
+        if not math.isfinite(logit):
+            raise FloatingPointError("no token is left")
+        seq = seqs[row]
+        state = learn(seq.params, seq.sampler_state, prob, earlier)
+        tokens[row] = SampledToken(int(token_id), sampler_state=state)
+    return [tokens[row] for row in range(len(seqs))]
 
 
-def _penalize_counts(logits: Tensor, seqs: list[Sequence]) -> Tensor:
-    counted = [
-        (row, seq.output_counts)
-        for row, seq in enumerate(seqs)
-        if seq.params.presence_penalty or seq.params.frequency_penalty
-    ]
-    counted = [(row, counts) for row, counts in counted if counts]
-    if not counted:
-        return logits
-    rows = _repeat(logits, [(row, len(counts)) for row, counts in counted])
-    return apply_count_penalties(
-        logits,
-        rows,
-        _column(logits, [token_id for _, counts in counted for token_id in counts]),
-        _column(logits, [count for _, counts in counted for count in counts.values()]),
-        _column(logits, [seq.params.presence_penalty for seq in seqs])[rows],
-        _column(logits, [seq.params.frequency_penalty for seq in seqs])[rows],
+def _look_up(choice: _Choice) -> Tensor:
+    """Token ids, logits and probabilities of what was chosen, the latter also as they were before
+    adaptive-p: [4, num_rows], float64."""
+    candidates, places = choice.candidates, choice.places
+    logits = candidates.logits.gather(-1, places)
+    # Nobody looks at what has not been computed for a reason.
+    prob = earlier = torch.ones_like(logits)
+    if choice.plan.mirostat_mode:
+        prob = candidates.logits.softmax(-1).gather(-1, places)
+    if candidates.earlier_probs is not None:
+        earlier = candidates.earlier_probs.gather(-1, places)
+    ids = candidates.find_ids(places)
+    return torch.cat([ids.double(), logits.double(), prob.double(), earlier.double()], -1).T
+
+
+def _report(
+    logits: Tensor, seqs: list[Sequence], choices: list[_Choice], tokens: list[SampledToken]
+) -> dict[int, Logprobs]:
+    """By row, for those that asked: of the model's own logits, or of what became of them."""
+    found: dict[int, Logprobs] = {}
+    asked = [row for row, seq in enumerate(seqs) if seq.params.num_logprobs is not None]
+    plain = [row for row in asked if not seqs[row].params.processed_logprobs]
+    if plain:
+        found |= _score(logits, plain, plain, seqs, tokens)
+    for choice in choices:
+        rows = [row for row in choice.rows if row in asked and row not in plain]
+        if rows:
+            places = [choice.rows.index(row) for row in rows]
+            found |= _score(choice.candidates.widen().logits, places, rows, seqs, tokens)
+    return found
+
+
+def _score(
+    logits: Tensor,
+    places: list[int],
+    rows: list[int],
+    seqs: list[Sequence],
+    tokens: list[SampledToken],
+) -> dict[int, Logprobs]:
+    """Of `rows`, whose logits are at `places`."""
+    logprobs = compute_logprobs(
+        logits[upload(places, logits.device)],
+        [tokens[row].token_id for row in rows],
+        [seqs[row].params.num_logprobs or 0 for row in rows],
     )
+    return dict(zip(rows, logprobs, strict=True))
 
 
-def _repeat(logits: Tensor, rows: list[tuple[int, int]]) -> Tensor:
-    """Row numbers, each as often as it says."""
-    return _column(logits, [row for row, times in rows for _ in range(times)])
+# What comes before every step
 
 
-def _choose_greedy(logits: Tensor, seqs: list[Sequence]) -> Tensor:
-    return logits.argmax(-1)
+def _restrict(logits: Tensor, seqs: list[Sequence]) -> Tensor:
+    """Leave out what must not be generated now, and add what single tokens were given."""
+    allowed = {row: ids for row, seq in enumerate(seqs) if (ids := _find_allowed(seq)) is not None}
+    if allowed:
+        rows = range(len(seqs))
+        pairs = join([np.array(allowed.get(row, ()), np.int64) for row in rows], logits.device)
+        restricted = upload([row in allowed for row in rows], logits.device)
+        logits = keep_tokens(logits, *pairs, restricted)
+    biases = [_find_biases(seq) for seq in seqs]
+    if any(biases):
+        pairs = join([np.array([*bias], np.int64) for bias in biases], logits.device)
+        amounts = upload([a for bias in biases for a in bias.values()], logits.device)
+        logits = add_to_tokens(logits, *pairs, amounts)
+    return logits
 
 
-def _choose_sampled(logits: Tensor, seqs: list[Sequence]) -> Tensor:
-    logits = apply_temperature(logits, _column(logits, [s.params.temperature for s in seqs]))
-    return _draw(_filter_min_p(logits, seqs), seqs)
+def _find_allowed(seq: Sequence) -> tuple[int, ...] | None:
+    always, first = seq.params.allowed_token_ids, seq.params.first_token_ids
+    if first is None or seq.num_output_tokens:
+        return always
+    return first if always is None else tuple(set(first).intersection(always))
 
 
-def _choose_sampled_sorted(logits: Tensor, seqs: list[Sequence]) -> Tensor:
-    logits = apply_temperature(logits, _column(logits, [s.params.temperature for s in seqs]))
-    logits, order = torch.sort(logits, dim=-1, descending=True, stable=True)
-    logits = apply_top_k(
-        logits, _column(logits, [min(s.params.top_k, logits.shape[-1]) for s in seqs])
-    )
-    logits = apply_top_p(logits, _column(logits, [s.params.top_p for s in seqs]))
-    ranks = _draw(_filter_min_p(logits, seqs), seqs)
-    chosen: Tensor = order.gather(-1, ranks[:, None])[:, 0]
-    return chosen
-
-
-def _filter_min_p(logits: Tensor, seqs: list[Sequence]) -> Tensor:
-    if not any(seq.params.min_p for seq in seqs):
-        return logits
-    return apply_min_p(logits, _column(logits, [seq.params.min_p for seq in seqs]))
-
-
-def _draw(logits: Tensor, seqs: list[Sequence]) -> Tensor:
-    """Inverse-CDF sampling with one uniform number per row, from the row's own generator.
-
-    In float64, and looking for the first position whose cumulated probability is *above* the
-    number: a token of probability 0 cannot be drawn.
-    """
-    cumulated = logits.double().softmax(-1).cumsum(-1)
-    total = cumulated[:, -1:]
-    target = upload([[seq.uniform] for seq in seqs], logits.device, torch.float64) * total
-    target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
-    drawn = torch.searchsorted(cumulated, target, right=True)[:, 0]
-    return drawn.clamp_(max=logits.shape[-1] - 1)  # logits that are no numbers are found out later
-
-
-def _column(logits: Tensor, values: list[int] | list[float]) -> Tensor:
-    return upload(values, logits.device)
-
-
-def _needs_sort(params: SamplingParams) -> bool:
-    return params.top_k > 0 or params.top_p < 1.0
-
-
-_CHOICES: tuple[
-    tuple[Callable[[SamplingParams], bool], Callable[[Tensor, list[Sequence]], Tensor]], ...
-] = (
-    (lambda p: p.is_greedy, _choose_greedy),
-    (lambda p: not p.is_greedy and not _needs_sort(p), _choose_sampled),
-    (lambda p: not p.is_greedy and _needs_sort(p), _choose_sampled_sorted),
-)
+def _find_biases(seq: Sequence) -> dict[int, float]:
+    params = seq.params
+    biases = dict(params.logit_bias)
+    is_too_short = seq.num_output_tokens < params.min_tokens
+    if is_too_short or params.ban_eos:
+        biases |= dict.fromkeys(seq.eos_token_ids, -math.inf)
+    if is_too_short:
+        biases |= dict.fromkeys(params.stop_token_ids, -math.inf)
+    return biases

@@ -35,6 +35,9 @@ class SamplerStep(StrEnum):
     NO_REPEAT_NGRAM = "no_repeat_ngram"
 
 
+# Only the top token is left long before this; below it, logits could leave the range of float32.
+MIN_TEMPERATURE = 1e-5
+
 DEFAULT_SAMPLER_ORDER = tuple(SamplerStep)
 
 
@@ -59,7 +62,7 @@ class SamplingParams:
 
     # Chance
     temperature: float = 1.0
-    """0 is greedy."""
+    """0 is greedy, and so is what is as good as 0."""
     dynamic_temperature: tuple[float, float, float] | None = None
     """Lowest, highest and exponent; takes the place of `temperature`."""
     smoothing_factor: float = 0.0
@@ -116,6 +119,10 @@ class SamplingParams:
     first_token_ids: tuple[int, ...] | None = None
     """The first token is one of them."""
 
+    # Away from another prompt
+    guidance_scale: float = 1.0
+    """How far, where a request brings a negative prompt; 1: no way."""
+
     # Beside the tokens
     prompt_lookup_num_tokens: int = 0
     """Most tokens to guess from what came before, and to read at once. Changes no token."""
@@ -129,4 +136,4 @@ class SamplingParams:
 
     @property
     def is_greedy(self) -> bool:
-        return self.temperature == 0.0
+        return self.temperature < MIN_TEMPERATURE

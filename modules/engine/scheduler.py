@@ -6,6 +6,9 @@ cut at the same places whatever else runs: where it is cut decides how attention
 tokens do not depend on its company. What another sequence has read, or is just reading, is not read
 again. Integers only; no tensor, no text.
 
+A sequence and its companion are one unit: they are admitted, preempted and ended together. Each
+reads its tokens but the last at its own pace; the last ones are read in one step, which samples.
+
 A step may also read a draft: tokens that are only guessed to come next. As many of them as turn out
 to be right are a sequence's next tokens, and one more.
 """
@@ -18,6 +21,7 @@ from dataclasses import dataclass, field
 from modules.engine.cache_manager import CacheManager
 from modules.engine.logprobs import Logprobs
 from modules.engine.outputs import FinishReason, TokenOutput
+from modules.engine.sampler_plan import SamplerState
 from modules.engine.sequence import Sequence, SequenceStatus
 
 # A step of so many rows takes little longer than one of a single row. Where it is full anyway, a
@@ -57,20 +61,29 @@ class ScheduledBatch:
 
     @property
     def sampled(self) -> tuple[ScheduledSequence, ...]:
-        """The items that get a new token, in order."""
-        items = self.items
-        return tuple(item for item in items if item.is_last_chunk and not item.seq.only_scores)
+        """The items that get a new token, in order. A companion gets that of its sequence."""
+        return tuple(item for item in self.items if item.is_last_chunk and item.seq.primary is None)
 
     @property
     def scored(self) -> tuple[ScheduledSequence, ...]:
         """The items with tokens of a prompt to score, in order."""
         return tuple(item for item in self.items if item.scored)
 
+    @property
+    def units(self) -> tuple[ScheduledBatch, ...]:
+        """Batches that can be run apart."""
+        items: dict[int, list[ScheduledSequence]] = {}
+        for item in self.items:
+            items.setdefault(id(item.seq.unit[0]), []).append(item)
+        return tuple(ScheduledBatch(tuple(unit)) for unit in items.values())
+
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
     token_id: int
     logprobs: Logprobs | None = None
+    sampler_state: SamplerState | None = None
+    """What the sampler has learnt from it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,28 +171,42 @@ class Scheduler:
         """End `seq` wherever it stands and free what it holds; idempotent."""
         if seq.is_finished:
             return
-        if seq.status is SequenceStatus.RUNNING:
-            self.running.remove(seq)
-        else:
+        if seq.status is SequenceStatus.WAITING:
             self.waiting.remove(seq)
-        self._cache.free(seq)
-        seq.status = SequenceStatus.FINISHED
-        seq.finish_reason = reason
+        for member in seq.unit:
+            if member.status is SequenceStatus.RUNNING:
+                self.running.remove(member)
+            self._cache.free(member)
+            member.status = SequenceStatus.FINISHED
+            member.finish_reason = reason
 
     def _schedule_running(self) -> list[ScheduledSequence]:
         budget = self._max_num_batched_tokens
         items: list[ScheduledSequence] = []
         # Streams first, so that each goes on in every step: prompts share what they leave.
-        for seq in sorted(self.running, key=lambda seq: seq.num_uncomputed_tokens > 1):
-            if seq.status is not SequenceStatus.RUNNING:
+        units = [seq.unit for seq in self.running if seq.primary is None]
+        for unit in sorted(units, key=lambda unit: any(s.num_uncomputed_tokens > 1 for s in unit)):
+            if unit[0].status is not SequenceStatus.RUNNING:
                 continue
-            if self._chunk(seq, seq.num_computed_tokens) > budget:
+            readers = self._choose_readers(unit, budget)
+            if not self._make_room(readers, items):
                 continue
-            if not self._make_room(seq, items):
-                continue
-            items.append(self._build_item(seq, self._build_draft(seq)))
-            budget -= items[-1].num_tokens
+            for seq in readers:
+                items.append(self._build_item(seq, self._build_draft(seq)))
+                budget -= items[-1].num_tokens
         return items
+
+    def _choose_readers(self, unit: tuple[Sequence, ...], budget: int) -> list[Sequence]:
+        """Who of `unit` reads in this step: of two, none reads its last token without the other."""
+        chunks = [(seq, self._chunk(seq, seq.num_computed_tokens)) for seq in unit]
+        if all(seq.num_uncomputed_tokens == chunk for seq, chunk in chunks):
+            return list(unit) if sum(chunk for _, chunk in chunks) <= budget else []
+        readers = []
+        for seq, chunk in chunks:
+            if seq.num_uncomputed_tokens > chunk and chunk <= budget:
+                readers.append(seq)
+                budget -= chunk
+        return readers
 
     def _admit(self, budget: int) -> list[ScheduledSequence]:
         """First come, first served; but who waits for what is just being read lets others pass,
@@ -189,34 +216,52 @@ class Scheduler:
         num_passed = 0
         being_read = {self._cache.next_content(seq) for seq in self.running if self.waiting}
         for seq in tuple(self.waiting):
-            if len(self.running) + num_passed >= self._max_num_seqs:
+            num_taken = len(self.running) + num_passed
+            # Two that go together are let in even where only one may run.
+            if num_taken > 0 and num_taken + len(seq.unit) > self._max_num_seqs:
                 break
-            prefix = self._cache.find_prefix(seq)
-            if prefix.missing is not None and prefix.missing in being_read:
-                num_passed += 1
+            prefixes = [self._cache.find_prefix(member) for member in seq.unit]
+            if any(p.missing is not None and p.missing in being_read for p in prefixes):
+                num_passed += len(seq.unit)
                 continue
-            if not self._cache.can_allocate(seq, prefix):
+            if self._chunk(seq, len(prefixes[0].blocks) * self._cache.block_size) > budget:
                 break
-            if self._chunk(seq, len(prefix.blocks) * self._cache.block_size) > budget:
+            if not self._allocate(seq.unit):
                 break
-            self._start(seq, self._cache.allocate(seq, prefix))
-            items.append(self._build_item(seq))
-            budget -= items[-1].num_tokens
-            being_read.add(self._cache.next_content(seq))
+            self._start(seq)
+            for reader in self._choose_readers(seq.unit, budget):
+                items.append(self._build_item(reader))
+                budget -= items[-1].num_tokens
+            being_read.update(map(self._cache.next_content, seq.unit))
         return items
 
-    def _start(self, seq: Sequence, num_cached_tokens: int) -> None:
+    def _allocate(self, unit: tuple[Sequence, ...]) -> bool:
+        """Room for all of `unit`, or for none of it."""
+        for seq in unit:
+            # Looked for again: room for the one may have cost what the other could begin with.
+            prefix = self._cache.find_prefix(seq)
+            if not self._cache.can_allocate(seq, prefix):
+                for member in unit:
+                    self._cache.free(member)
+                return False
+            seq.num_computed_tokens = self._cache.allocate(seq, prefix)
+        return True
+
+    def _start(self, seq: Sequence) -> None:
         self.waiting.remove(seq)
-        self.running.append(seq)
-        seq.status = SequenceStatus.RUNNING
-        seq.num_computed_tokens = num_cached_tokens
-        if seq.num_cached_tokens is None:
-            seq.num_cached_tokens = num_cached_tokens
+        for member in seq.unit:
+            self.running.append(member)
+            member.status = SequenceStatus.RUNNING
+            if member.num_cached_tokens is None:
+                member.num_cached_tokens = member.num_computed_tokens
 
     def _chunk(self, seq: Sequence, start: int) -> int:
         """How many tokens of `seq` a step reads from `start`: to its end, or up to the next cut."""
         to_next_cut = self._chunk_size - start % self._chunk_size
-        return min(len(seq.token_ids) - start, to_next_cut)
+        to_end = len(seq.token_ids) - start
+        if len(seq.unit) > 1 and to_end > 1:  # the last one waits for that of the other
+            to_end -= 1
+        return min(to_end, to_next_cut)
 
     def _build_item(self, seq: Sequence, draft: tuple[int, ...] = ()) -> ScheduledSequence:
         start = seq.num_computed_tokens
@@ -238,33 +283,37 @@ class Scheduler:
         self._cache.append(seq, len(draft))
         return draft
 
-    def _make_room(self, seq: Sequence, scheduled: list[ScheduledSequence]) -> bool:
-        """Let `seq` keep its tokens, at the cost of younger ones; False if it must wait itself."""
-        while not self._cache.can_append(seq):
-            taken = {id(item.seq) for item in scheduled}
-            victim = next(other for other in reversed(self.running) if id(other) not in taken)
-            self._preempt(victim)
-            if victim is seq:
-                return False
-        self._cache.append(seq)
+    def _make_room(self, readers: list[Sequence], scheduled: list[ScheduledSequence]) -> bool:
+        """Let them keep their tokens, at the cost of younger ones; False if they must wait, too."""
+        for seq in readers:
+            while not self._cache.can_append(seq):
+                taken = {id(item.seq.unit[0]) for item in scheduled}
+                victim = next(s for s in reversed(self.running) if id(s.unit[0]) not in taken)
+                self._preempt(victim.unit)
+                if victim in seq.unit:
+                    return False
+            self._cache.append(seq)
         return True
 
-    def _preempt(self, seq: Sequence) -> None:
-        self.running.remove(seq)
-        self._cache.free(seq)
-        seq.num_computed_tokens = 0
-        seq.status = SequenceStatus.WAITING
-        self.waiting.appendleft(seq)
+    def _preempt(self, unit: tuple[Sequence, ...]) -> None:
+        for seq in unit:
+            self.running.remove(seq)
+            self._cache.free(seq)
+            seq.num_computed_tokens = 0
+            seq.status = SequenceStatus.WAITING
+        self.waiting.appendleft(unit[0])
 
     def _advance(
         self, item: ScheduledSequence, tokens: list[SampledToken], scores: list[Logprobs]
     ) -> list[TokenOutput]:
         seq = item.seq
-        prompt = report_prompt(seq, scores)
         outputs: list[TokenOutput] = []
+        if seq.is_finished:  # with the sequence that it goes with
+            return outputs
+        prompt = report_prompt(seq, scores)
         reason = prompt[-1].finish_reason if prompt else None
-        for token in tokens:
-            seq.append(token.token_id)
+        for token in tokens if reason is None else []:
+            seq.append(token.token_id, token.sampler_state)
             reason = seq.find_finish_reason()
             outputs.append(build_output(seq, token, reason))
             if reason is not None:

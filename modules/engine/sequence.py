@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import random
-from collections import Counter
 from dataclasses import dataclass
 from enum import Enum, auto
 
 from modules.engine.outputs import FinishReason
 from modules.engine.prompt_lookup import PromptLookup
+from modules.engine.sampler_plan import SamplerState, plan, start_state
 from modules.engine.sampling_params import SamplingParams
+from modules.engine.token_history import GrowingArray, TokenCounts
 
 
 class SequenceStatus(Enum):
@@ -26,12 +27,19 @@ class SequenceRequest:
     request_id: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams = SamplingParams()
+    negative_prompt_token_ids: tuple[int, ...] | None = None
+    """What `params.guidance_scale` leads away from, at least one token; None: nothing."""
+
+    @property
+    def num_longest_prompt_tokens(self) -> int:
+        return max(len(self.prompt_token_ids), len(self.negative_prompt_token_ids or ()))
 
 
 class Sequence:
     """Tokens of a prompt and its output, and how far the model has read them.
 
-    Owned by the scheduler (status, counts); the block table belongs to the cache manager.
+    Owned by the scheduler (status, counts); the block table belongs to the cache manager. One that
+    is guided has a companion, which has another prompt and gets the same tokens.
     """
 
     def __init__(
@@ -54,21 +62,36 @@ class Sequence:
         self.num_scored_tokens = 0 if params.prompt_logprobs else self.num_prompt_tokens
         """Prompt tokens that have been reported, or need not be."""
         self.block_table: list[int] = []
-        self.output_counts: Counter[int] = Counter()
-        room = max_model_len - self.num_prompt_tokens
+        room = max_model_len - request.num_longest_prompt_tokens
         self.max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         # One generator per sequence: what else runs cannot change what it draws.
         self.generator = random.Random(params.seed)
-        self._uniform: float | None = None
+        self._uniforms: list[float] = []
+        self.plan = plan(params)
+        self.sampler_state = start_state(params)
+        # Only what a step looks at is kept.
+        self.history = GrowingArray(self.token_ids) if self.plan.needs_history else None
+        self.output_counts = TokenCounts() if self.plan.needs_counts else None
         num_lookup_tokens = params.prompt_lookup_num_tokens
         self.lookup = PromptLookup(num_lookup_tokens) if num_lookup_tokens > 0 else None
+        self.primary: Sequence | None = None
+        self.companion: Sequence | None = None
+        if request.negative_prompt_token_ids is not None:
+            self.companion = self._build_companion(request.negative_prompt_token_ids, max_model_len)
+            self.lookup = None
+
+    def _build_companion(self, prompt_token_ids: tuple[int, ...], max_model_len: int) -> Sequence:
+        params = SamplingParams(max_tokens=self.max_tokens)
+        request = SequenceRequest(self.request_id, prompt_token_ids, params)
+        companion = Sequence(request, max_model_len)
+        companion.primary = self
+        return companion
 
     @property
-    def uniform(self) -> float:
-        """The random number in [0, 1) that decides the next token, however often it is tried."""
-        if self._uniform is None:
-            self._uniform = self.generator.random()
-        return self._uniform
+    def unit(self) -> tuple[Sequence, ...]:
+        """What runs or waits together: a sequence, and its companion after it."""
+        primary = self.primary or self
+        return (primary, primary.companion) if primary.companion else (primary,)
 
     @property
     def only_scores(self) -> bool:
@@ -79,10 +102,23 @@ class Sequence:
     def is_scored(self) -> bool:
         return self.num_scored_tokens == self.num_prompt_tokens
 
-    def append(self, token_id: int) -> None:
-        self._uniform = None
+    def uniform(self, number: int = 0) -> float:
+        """A random number in [0, 1) for the next token, the same however often it is tried."""
+        while len(self._uniforms) <= number:
+            self._uniforms.append(self.generator.random())
+        return self._uniforms[number]
+
+    def append(self, token_id: int, sampler_state: SamplerState | None = None) -> None:
+        """`sampler_state` is what the sampler has learnt from that token."""
+        self._uniforms = []
         self.token_ids.append(token_id)
-        self.output_counts[token_id] += 1
+        self.sampler_state = sampler_state or self.sampler_state
+        if self.history is not None:
+            self.history.append(token_id)
+        if self.output_counts is not None:
+            self.output_counts.add(token_id)
+        if self.companion is not None:
+            self.companion.append(token_id)
 
     def find_finish_reason(self) -> FinishReason | None:
         """Why the last token ends the sequence; None if it does not."""
@@ -99,7 +135,8 @@ class Sequence:
         """One that goes on apart, but draws from the same random numbers."""
         other = copy.copy(self)
         other.token_ids = self.token_ids.copy()
-        other.output_counts = self.output_counts.copy()
+        other.history = self.history and self.history.copy()
+        other.output_counts = self.output_counts and self.output_counts.copy()
         return other
 
     @property

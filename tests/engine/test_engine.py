@@ -62,7 +62,7 @@ def test_preempted_sequences_start_over_and_end_the_same(make_engine, tiny_model
         engine.add(request(str(number), prompt, max_tokens=100))
     preempted = []
     preempt = engine.scheduler._preempt
-    engine.scheduler._preempt = lambda seq: (preempted.append(seq.request_id), preempt(seq))[1]
+    engine.scheduler._preempt = lambda unit: (preempted.append(unit), preempt(unit))[1]
     outputs = run(engine)
     assert preempted
     for number, prompt in enumerate(prompts):

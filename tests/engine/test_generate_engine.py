@@ -73,7 +73,7 @@ def test_abort_frees_at_once(kind: str) -> None:
     for name in ("running", "waiting", "next"):
         engine.add(request(name, PROMPT, max_tokens=50))
     engine.step()
-    state = [weakref.ref(decoding) for decoding in engine._decoding.values()]
+    state = [weakref.ref(decoding) for pair in engine._decoding.values() for decoding in pair]
     assert state
     for name in ("waiting", "running", "running", "unknown"):
         engine.abort(name)

@@ -1,28 +1,28 @@
-"""Filters against transformers' own warpers, draws against the distribution they should follow."""
+"""Draws against the distribution they should follow, steps in every order, and rows that must not
+notice their company. The arithmetic of single steps is in test_logits_processors.py.
+"""
 
 from __future__ import annotations
 
 import math
+import random
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 from transformers import (
+    LogitsProcessorList,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 
-from modules.engine.logits_processors import (
-    apply_min_p,
-    apply_repetition_penalty,
-    apply_temperature,
-    apply_top_k,
-    apply_top_p,
-)
 from modules.engine.sampler import sample
-from modules.engine.sampling_params import SamplingParams
+from modules.engine.sampling_params import DEFAULT_SAMPLER_ORDER, SamplerStep, SamplingParams
 from modules.engine.sequence import Sequence, SequenceRequest
 
 
@@ -30,61 +30,35 @@ def random_logits(rows: int = 4, vocab: int = 50) -> torch.Tensor:
     return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(1)) * 3
 
 
-def sequence(prompt: tuple[int, ...] = (1,), output: tuple[int, ...] = (), **params) -> Sequence:
-    seq = Sequence(SequenceRequest("x", prompt, SamplingParams(**params)), 1000)
+def sequence(
+    prompt: tuple[int, ...] = (1,),
+    output: tuple[int, ...] = (),
+    eos: frozenset[int] = frozenset(),
+    **params: Any,
+) -> Sequence:
+    seq = Sequence(SequenceRequest("x", prompt, SamplingParams(**params)), 1000, eos)
     for token_id in output:
         seq.append(token_id)
     return seq
 
 
-def on_sorted(apply, logits: torch.Tensor, values: list[float]) -> torch.Tensor:
-    """`apply` works on sorted logits; the result in vocabulary order again."""
-    ordered, order = logits.sort(-1, descending=True)
-    kept = apply(ordered, torch.tensor(values))
-    return torch.empty_like(logits).scatter(-1, order, kept)
+def find_distribution(logits: torch.Tensor, **wishes: Any) -> torch.Tensor:
+    """What a token is drawn from: probabilities of one row."""
+    vocab = logits.shape[-1]
+    seq = sequence(num_logprobs=vocab, processed_logprobs=True, **wishes)
+    (token,) = sample(logits, [seq])
+    probs = torch.zeros(vocab)
+    for token_id, logprob in token.logprobs.top:
+        probs[token_id] = math.exp(logprob)
+    return probs
 
 
-@pytest.mark.parametrize(
-    ("apply", "warper", "values"),
-    [
-        (apply_top_k, TopKLogitsWarper, [1, 7, 49, 50]),
-        (apply_top_p, TopPLogitsWarper, [0.01, 0.3, 0.9, 0.999]),
-    ],
-)
-def test_sorted_filters_equal_transformers(apply, warper, values) -> None:
-    logits = random_logits()
-    ours = on_sorted(apply, logits, values)
-    for row, value in enumerate(values):
-        assert torch.equal(ours[row], warper(value)(None, logits[row : row + 1].clone())[0])
+def in_order(*steps: SamplerStep) -> tuple[SamplerStep, ...]:
+    """These last; what is in no test comes before."""
+    return (*(step for step in DEFAULT_SAMPLER_ORDER if step not in steps), *steps)
 
 
-def test_min_p_equals_transformers() -> None:
-    logits = random_logits()
-    values = [0.001, 0.05, 0.5, 1.0]
-    ours = apply_min_p(logits, torch.tensor(values))
-    for row, value in enumerate(values):
-        assert torch.equal(ours[row], MinPLogitsWarper(value)(None, logits[row : row + 1])[0])
-
-
-def test_neutral_values_leave_a_row_alone_beside_active_ones() -> None:
-    logits = random_logits(2)
-    assert torch.equal(on_sorted(apply_top_k, logits, [0, 3])[0], logits[0])
-    assert torch.equal(on_sorted(apply_top_p, logits, [1.0, 0.3])[0], logits[0])
-    assert torch.equal(apply_min_p(logits, torch.tensor([0.0, 0.3]))[0], logits[0])
-
-
-def test_top_p_zero_keeps_the_best_token() -> None:
-    kept = on_sorted(apply_top_p, random_logits(1), [0.0])
-    assert kept.isfinite().sum() == 1
-
-
-def test_repetition_penalty_equals_transformers() -> None:
-    logits = random_logits(1)
-    seen = torch.tensor([[3, 9, 9, 20]])
-    expected = RepetitionPenaltyLogitsProcessor(1.3)(seen, logits.clone())
-    rows = torch.zeros(3, dtype=torch.long)
-    ours = apply_repetition_penalty(logits, rows, seen.unique(), torch.tensor([1.3] * 3))
-    assert torch.allclose(ours, expected)
+# Penalties
 
 
 def test_presence_and_frequency_count_generated_tokens_only() -> None:
@@ -97,7 +71,7 @@ def test_presence_and_frequency_count_generated_tokens_only() -> None:
     assert sample(logits, [mild])[0].token_id == 4
 
 
-def test_repetition_penalty_range() -> None:
+def test_repetition_penalty_range_counts_the_prompt_too() -> None:
     logits = torch.tensor([[1.0, 0.9, 0.8]])
     prompt = (0, 1, 2, 2)
     for window, expected in ((0, 0), (3, 0), (2, 0)):
@@ -109,65 +83,194 @@ def test_repetition_penalty_range() -> None:
     assert sample(logits, [near])[0].token_id == 1, "only the last token, 0, is penalised"
 
 
-def test_a_tiny_temperature_is_greedy_and_finite() -> None:
+def test_encoder_repetition_penalty_favours_the_prompt_alone() -> None:
+    logits = torch.tensor([[1.0, 0.9, 0.8]])
+    seq = sequence((1,), (2,), temperature=0, encoder_repetition_penalty=1.5)
+    assert sample(logits, [seq])[0].token_id == 1
+
+
+def test_dry_grows_with_the_length_of_the_repetition() -> None:
+    logits = torch.zeros(1, 6)
+    for repeated, expected in (((3,), 0.0), ((2, 3), 0.8), ((1, 2, 3), 0.8 * 1.75)):
+        text = (1, 2, 3, 4, 5, *repeated)
+        probs = find_distribution(logits, prompt=text, dry_multiplier=0.8)
+        assert probs[0].log() - probs[4].log() == pytest.approx(expected, abs=1e-5)
+    broken = find_distribution(
+        logits, prompt=text, dry_multiplier=0.8, dry_breaker_token_ids=frozenset({2})
+    )
+    assert torch.allclose(broken, torch.full((6,), 1 / 6))
+
+
+def test_no_ngram_is_repeated() -> None:
+    probs = find_distribution(torch.zeros(1, 5), prompt=(1, 2, 3, 1, 2), no_repeat_ngram_size=3)
+    assert [i for i in range(5) if not probs[i]] == [3]
+
+
+# Single tokens
+
+
+def test_bias_bans_and_forces() -> None:
     logits = random_logits(1)
-    scaled = apply_temperature(logits, torch.tensor([1e-30]))
-    assert not scaled.isnan().any()
-    assert sample(logits, [sequence(temperature=1e-30)])[0].token_id == int(logits.argmax())
+    best = int(logits.argmax())
+    banned = find_distribution(logits, logit_bias=((best, -math.inf), (7, 2.0)))
+    plain = find_distribution(logits)
+    assert banned[best] == 0
+    ratio = (banned[7] / banned[8]) / (plain[7] / plain[8])
+    assert ratio.log() == pytest.approx(2.0, abs=1e-4)
+    only = find_distribution(logits, allowed_token_ids=(3, 9))
+    assert set(only.nonzero()[:, 0].tolist()) == {3, 9}
 
 
-@pytest.mark.parametrize(
-    "params",
-    [{}, {"temperature": 0.5}, {"top_k": 4}, {"top_p": 0.8}, {"min_p": 0.2}],
-    ids=str,
-)
+def test_the_first_token_may_have_wishes_of_its_own() -> None:
+    logits = random_logits(1)
+    first = sequence(temperature=0, first_token_ids=(4, 5))
+    assert sample(logits, [first])[0].token_id in (4, 5)
+    first.append(4)
+    assert sample(logits, [first])[0].token_id == int(logits.argmax())
+    both = find_distribution(logits, first_token_ids=(4, 5), allowed_token_ids=(5, 6))
+    assert set(both.nonzero()[:, 0].tolist()) == {5}
+
+
+def test_nothing_ends_a_text_before_its_time() -> None:
+    logits = torch.tensor([[0.0, 3.0, 2.0, 1.0]])
+    wishes = {"temperature": 0, "min_tokens": 2, "stop_token_ids": (2,), "eos": frozenset({1})}
+    assert sample(logits, [sequence(output=(0,), **wishes)])[0].token_id == 3
+    assert sample(logits, [sequence(output=(0, 0), **wishes)])[0].token_id == 1
+    banned = sequence(output=(0,) * 9, temperature=0, ban_eos=True, eos=frozenset({1}))
+    assert sample(logits, [banned])[0].token_id == 2
+
+
+def test_where_no_token_is_left_nothing_is_made_up() -> None:
+    logits = random_logits(1)
+    for wishes in ({}, {"top_p": 0.5}, {"temperature": 0}):
+        with pytest.raises(FloatingPointError):
+            sample(
+                logits, [sequence(allowed_token_ids=(3,), logit_bias=((3, -math.inf),), **wishes)]
+            )
+
+
+# Order
+
+
+def test_the_default_order_is_that_of_transformers() -> None:
+    logits = random_logits(1)
+    seen = (3, 7, 9)
+    theirs = LogitsProcessorList(
+        [
+            RepetitionPenaltyLogitsProcessor(1.3),
+            TemperatureLogitsWarper(1.4),
+            TopKLogitsWarper(30),
+            TopPLogitsWarper(0.9),
+            TypicalLogitsWarper(0.9),
+            MinPLogitsWarper(0.01),
+        ]
+    )(torch.tensor([seen]), logits.clone())
+    ours = find_distribution(
+        logits,
+        prompt=seen,
+        repetition_penalty=1.3,
+        temperature=1.4,
+        top_k=30,
+        top_p=0.9,
+        typical_p=0.9,
+        min_p=0.01,
+    )
+    torch.testing.assert_close(ours, theirs.softmax(-1)[0])
+
+
+STEPS: dict[SamplerStep, tuple[dict[str, Any], Any]] = {
+    SamplerStep.TEMPERATURE: ({"temperature": 2.0}, TemperatureLogitsWarper(2.0)),
+    SamplerStep.TOP_K: ({"top_k": 12}, TopKLogitsWarper(12)),
+    SamplerStep.TOP_P: ({"top_p": 0.8}, TopPLogitsWarper(0.8)),
+    SamplerStep.TYPICAL_P: ({"typical_p": 0.7}, TypicalLogitsWarper(0.7)),
+    SamplerStep.MIN_P: ({"min_p": 0.08}, MinPLogitsWarper(0.08)),
+    SamplerStep.REPETITION_PENALTY: (
+        {"repetition_penalty": 3.0},
+        RepetitionPenaltyLogitsProcessor(3.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_steps_are_taken_in_the_order_asked_for(seed) -> None:
+    logits = random_logits(1)
+    order = random.Random(seed).sample(sorted(STEPS), len(STEPS))
+    seen = tuple(logits[0].topk(5).indices.tolist())
+    theirs = logits.clone()
+    wishes: dict[str, Any] = {}
+    for step in order:
+        theirs = STEPS[step][1](torch.tensor([seen]), theirs)
+        wishes |= STEPS[step][0]
+    # Of what a processor penalizes, what was left out stays left out.
+    ours = find_distribution(logits, prompt=seen, sampler_order=in_order(*order), **wishes)
+    torch.testing.assert_close(ours, theirs.softmax(-1)[0])
+
+
+def test_order_matters() -> None:
+    logits = random_logits(1)
+    wishes = {"temperature": 3.0, "min_p": 0.1}
+    late = find_distribution(
+        logits, sampler_order=in_order(SamplerStep.MIN_P, SamplerStep.TEMPERATURE), **wishes
+    )
+    assert (late > 0).sum() < (find_distribution(logits, **wishes) > 0).sum()
+
+
+# Draws
+
+DRAWS: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.5},
+    {"top_k": 4},
+    {"top_p": 0.8},
+    {"min_p": 0.2},
+    {"typical_p": 0.7},
+    {"tfs": 0.7},
+    {"top_a": 0.3},
+    {"epsilon_cutoff": 0.05},
+    {"eta_cutoff": 0.05},
+    {"top_n_sigma": 1.0},
+    {"smoothing_factor": 0.4, "smoothing_curve": 1.5},
+    {"dynamic_temperature": (0.5, 2.0, 1.0)},
+    {"mirostat_mode": 2, "mirostat_tau": 1.2},
+    {"mirostat_mode": 1, "mirostat_tau": 1.2},
+    {"adaptive_target": 0.2},
+    {"xtc_threshold": 0.1, "xtc_probability": 1.0},
+    {"logit_bias": ((3, 1.5),), "repetition_penalty": 1.5},
+    {"temperature": 1.3, "top_k": 8, "top_p": 0.9, "min_p": 0.05},
+]
+
+
+@pytest.mark.parametrize("params", DRAWS, ids=str)
 def test_draws_follow_the_filtered_distribution(params) -> None:
-    """Pearson's chi-square at a level of 1e-4, with a fixed seed per draw."""
     logits = random_logits(1, 12) / 2
-    scaled = logits / params.get("temperature", 1.0)
-    if "top_k" in params:
-        scaled = TopKLogitsWarper(params["top_k"])(None, scaled)
-    if "top_p" in params:
-        scaled = TopPLogitsWarper(params["top_p"])(None, scaled)
-    if "min_p" in params:
-        scaled = MinPLogitsWarper(params["min_p"])(None, scaled)
-    expected = scaled.softmax(-1)[0]
-
     count = 4000
     seqs = [sequence(seed=seed, **params) for seed in range(count)]
     drawn = Counter(token.token_id for token in sample(logits.expand(count, -1), seqs))
-    assert all(expected[token_id] > 0 for token_id in drawn)
-    alive = [i for i in range(12) if expected[i] > 0]
+    assert_follows(drawn, find_distribution(logits, **params), count)
+
+
+def assert_follows(drawn: Counter[int], expected: torch.Tensor, count: int) -> None:
+    """Pearson's chi-square at a level of 1e-4, with a fixed seed per draw."""
+    alive = expected.nonzero()[:, 0].tolist()
+    assert set(drawn) <= set(alive)
     chi_square = sum(
         (drawn[i] - count * expected[i].item()) ** 2 / (count * expected[i].item()) for i in alive
     )
-    degrees = len(alive) - 1
+    degrees = max(len(alive) - 1, 1)
     # Wilson–Hilferty approximation of the 0.9999 quantile of the chi-square distribution
     limit = degrees * (1 - 2 / (9 * degrees) + 3.719 * math.sqrt(2 / (9 * degrees))) ** 3
     assert chi_square < limit
 
 
-def test_what_is_no_number_is_refused() -> None:
-    logits = random_logits(2)
-    logits[1, 7] = torch.nan
-    for params in ({}, {"top_p": 0.5}, {"temperature": 0}):
-        with pytest.raises(FloatingPointError):
-            sample(logits, [sequence(temperature=0), sequence(**params)])
-
-
-def test_a_step_that_failed_has_taken_no_random_number() -> None:
-    logits = random_logits(2).repeat(1, 20)
-    expected = sample(logits, [sequence(seed=1), sequence(seed=2)])
-    seqs = [sequence(seed=1), sequence(seed=2)]
-    broken = logits.clone()
-    broken[0, 0] = torch.nan
-    with pytest.raises(FloatingPointError):
-        sample(broken, seqs)
-    assert sample(logits, seqs) == expected
-    for seq, token in zip(seqs, expected, strict=True):
-        seq.append(token.token_id)
-    others = [seq.uniform for seq in seqs]
-    assert others != [sequence(seed=1).uniform, sequence(seed=2).uniform]
+def test_xtc_happens_as_often_as_asked() -> None:
+    logits = torch.tensor([[2.0, 1.9, 1.8, 0.0]])
+    count = 4000
+    wishes = {"xtc_threshold": 0.2, "xtc_probability": 0.3}
+    seqs = [sequence(seed=seed, **wishes) for seed in range(count)]
+    drawn = Counter(token.token_id for token in sample(logits.expand(count, -1), seqs))
+    with_xtc = find_distribution(logits, xtc_threshold=0.2, xtc_probability=1.0)
+    assert with_xtc[0] == 0
+    assert_follows(drawn, 0.3 * with_xtc + 0.7 * logits.softmax(-1)[0], count)
 
 
 def test_a_draw_never_leaves_the_kept_tokens() -> None:
@@ -188,10 +291,201 @@ def test_top_k_above_the_vocabulary() -> None:
     assert 0 <= sample(random_logits(1), [sequence(top_k=2**70)])[0].token_id < 50
 
 
+def test_a_tiny_temperature_is_greedy() -> None:
+    logits = random_logits(1)
+    assert sample(logits, [sequence(temperature=1e-30)])[0].token_id == int(logits.argmax())
+
+
+# What is learnt from token to token
+
+
+def generate(logits: torch.Tensor, count: int, **wishes: Any) -> tuple[Sequence, list[float]]:
+    """Tokens from always the same logits, and the probabilities that the model gave them."""
+    seq = sequence(seed=1, **wishes)
+    probs = logits.softmax(-1)[0]
+    for _ in range(count):
+        (token,) = sample(logits, [seq])
+        seq.append(token.token_id, token.sampler_state)
+    return seq, [probs[token_id].item() for token_id in seq.token_ids[1:]]
+
+
+@pytest.mark.parametrize("mode", [1, 2])
+@pytest.mark.parametrize("tau", [2.0, 3.0])
+def test_mirostat_holds_the_surprise(mode, tau) -> None:
+    logits = random_logits(1, 2000)
+    seq = sequence(seed=3, mirostat_mode=mode, mirostat_tau=tau, mirostat_eta=0.2)
+    surprises = []
+    for _ in range(600):
+        (token,) = sample(logits, [seq])
+        mu = seq.sampler_state.mirostat_mu
+        # mu' = mu - eta × (surprise - tau)
+        surprises.append((mu - token.sampler_state.mirostat_mu) / 0.2 + tau)
+        seq.append(token.token_id, token.sampler_state)
+    assert sum(surprises[100:]) / 500 == pytest.approx(tau, abs=0.15)
+
+
+def test_adaptive_p_holds_the_probability() -> None:
+    logits = torch.tensor([[3.0, 2.6, 2.2, 1.8, 1.4, 1.0, 0.6, 0.2, -0.2, -0.6]])
+    for target in (0.1, 0.25):
+        _, probs = generate(logits, 500, adaptive_target=target)
+        assert sum(probs) / len(probs) == pytest.approx(target, abs=0.03)
+
+
+def test_adaptive_p_averages_with_decay() -> None:
+    seq, probs = generate(random_logits(1, 8), 30, adaptive_target=0.4, adaptive_decay=0.8)
+    total, weight = 0.4 / (1 - 0.8), 1 / (1 - 0.8)
+    for prob in probs:
+        total, weight = 0.8 * total + prob, 0.8 * weight + 1
+    assert seq.sampler_state.adaptive_sum == pytest.approx(total, rel=1e-5)
+    assert seq.sampler_state.adaptive_weight == pytest.approx(weight)
+
+
+# Company
+
+
+def wish_at_random(generator: random.Random) -> dict[str, Any]:
+    """Some parameters of all kinds, in some order."""
+    everything: dict[str, Any] = {
+        "temperature": generator.choice([0.0, 0.4, 0.7, 1.0, 1.6]),
+        "dynamic_temperature": (0.4, 1.7, 0.8),
+        "smoothing_factor": 0.3,
+        "smoothing_curve": generator.choice([1.0, 2.0, 5.0]),
+        "top_k": generator.choice([3, 40, 100, 2000]),
+        "top_p": generator.uniform(0.3, 0.99),
+        "min_p": generator.uniform(0.001, 0.1),
+        "typical_p": generator.uniform(0.3, 0.99),
+        "tfs": generator.uniform(0.5, 0.99),
+        "top_a": 0.1,
+        "epsilon_cutoff": 3e-4,
+        "eta_cutoff": 3e-4,
+        "top_n_sigma": 1.5,
+        "xtc_probability": 0.5,
+        "mirostat_mode": generator.choice([1, 2]),
+        "adaptive_target": 0.3,
+        "repetition_penalty": generator.uniform(0.8, 1.5),
+        "repetition_penalty_range": generator.choice([0, 5, 1024]),
+        "encoder_repetition_penalty": 1.1,
+        "presence_penalty": 0.4,
+        "frequency_penalty": 0.3,
+        "no_repeat_ngram_size": generator.choice([2, 3]),
+        "dry_multiplier": 0.8,
+        "logit_bias": ((5, 3.0), (9, -math.inf)),
+        "min_tokens": 30,
+        "sampler_order": tuple(generator.sample(DEFAULT_SAMPLER_ORDER, len(DEFAULT_SAMPLER_ORDER))),
+    }
+    names = generator.sample(sorted(everything), generator.randrange(6))
+    return {name: everything[name] for name in names}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_each_row_gets_what_it_gets_alone(seed) -> None:
+    """Thirty rows with thirty sets of wishes, over several steps, to the last bit."""
+    generator = random.Random(seed)
+    wishes = [wish_at_random(generator) for _ in range(30)]
+
+    def build() -> list[Sequence]:
+        return [
+            sequence((4, 5, 6, 4, 5), seed=i, eos=frozenset({2}), num_logprobs=3, **wish)
+            for i, wish in enumerate(wishes)
+        ]
+
+    together, alone = build(), build()
+    for step in range(6):
+        logits = torch.randn(30, 600, generator=torch.Generator().manual_seed(100 * seed + step))
+        logits *= 2.5
+        tokens = sample(logits, together)
+        for row, (seq, token) in enumerate(zip(alone, tokens, strict=True)):
+            (single,) = sample(logits[row : row + 1], [seq])
+            assert single == token, wishes[row]
+            seq.append(single.token_id, single.sampler_state)
+            together[row].append(token.token_id, token.sampler_state)
+
+
+def test_a_step_that_failed_has_taken_no_random_number() -> None:
+    logits = random_logits(2).repeat(1, 20)
+    wishes = [{"seed": 1}, {"seed": 2, "xtc_probability": 0.5}]
+    expected = sample(logits, [sequence(**wish) for wish in wishes])
+    seqs = [sequence(**wish) for wish in wishes]
+    broken = logits.clone()
+    broken[0, 0] = torch.nan
+    with pytest.raises(FloatingPointError):
+        sample(broken, seqs)
+    assert sample(logits, seqs) == expected
+    for seq, token in zip(seqs, expected, strict=True):
+        seq.append(token.token_id)
+    others = [seq.uniform() for seq in seqs]
+    assert others != [sequence(seed=1).uniform(), sequence(seed=2).uniform()]
+
+
+@pytest.mark.parametrize("step", [None, *SamplerStep])
+def test_what_is_no_number_is_refused(step) -> None:
+    logits = random_logits(2)
+    logits[1, 7] = torch.nan
+    wishes = {} if step is None else next(w for w in ACTIVE if w[0] is step)[1]
+    with pytest.raises(FloatingPointError):
+        sample(logits, [sequence(temperature=0), sequence((1, 7, 1, 7), (1, 7), **wishes)])
+
+
+ACTIVE: list[tuple[SamplerStep, dict[str, Any]]] = [
+    (SamplerStep.REPETITION_PENALTY, {"repetition_penalty": 1.2}),
+    (SamplerStep.PRESENCE_PENALTY, {"presence_penalty": 0.5}),
+    (SamplerStep.FREQUENCY_PENALTY, {"frequency_penalty": 0.5}),
+    (SamplerStep.DRY, {"dry_multiplier": 0.8}),
+    (SamplerStep.TOP_N_SIGMA, {"top_n_sigma": 1.0}),
+    (SamplerStep.TEMPERATURE, {"temperature": 0.5}),
+    (SamplerStep.DYNAMIC_TEMPERATURE, {"dynamic_temperature": (0.5, 1.5, 1.0)}),
+    (SamplerStep.QUADRATIC_SAMPLING, {"smoothing_factor": 0.3}),
+    (SamplerStep.TOP_K, {"top_k": 3}),
+    (SamplerStep.TOP_P, {"top_p": 0.5}),
+    (SamplerStep.TYPICAL_P, {"typical_p": 0.5}),
+    (SamplerStep.EPSILON_CUTOFF, {"epsilon_cutoff": 0.01}),
+    (SamplerStep.ETA_CUTOFF, {"eta_cutoff": 0.01}),
+    (SamplerStep.TFS, {"tfs": 0.5}),
+    (SamplerStep.TOP_A, {"top_a": 0.2}),
+    (SamplerStep.MIN_P, {"min_p": 0.1}),
+    (SamplerStep.ADAPTIVE_P, {"adaptive_target": 0.3}),
+    (SamplerStep.MIROSTAT, {"mirostat_mode": 2}),
+    (SamplerStep.XTC, {"xtc_probability": 1.0}),
+    (SamplerStep.ENCODER_REPETITION_PENALTY, {"encoder_repetition_penalty": 1.2}),
+    (SamplerStep.NO_REPEAT_NGRAM, {"no_repeat_ngram_size": 2}),
+]
+
+
+@pytest.mark.parametrize(("step", "wishes"), ACTIVE)
+def test_a_neutral_value_is_in_no_plan(step, wishes) -> None:
+    assert sequence(**wishes).plan.steps == (step,)
+    assert sequence().plan.steps == ()
+
+
+# Logprobs
+
+
 def test_logprobs_are_those_of_the_model_and_only_where_asked() -> None:
     logits = random_logits(2)
-    penalized = sequence(output=(5,), temperature=0, num_logprobs=0, presence_penalty=1.0)
+    penalized = sequence(
+        (1,), (5,), temperature=0, num_logprobs=2, presence_penalty=1.0, logit_bias=((3, 99.0),)
+    )
     tokens = sample(logits, [penalized, sequence(temperature=0.0)])
-    expected = logits.log_softmax(-1)[0, tokens[0].token_id].item()
-    assert tokens[0].logprobs.logprob == pytest.approx(expected, abs=1e-5)
+    expected = logits.log_softmax(-1)[0]
+    assert tokens[0].token_id == 3
+    assert tokens[0].logprobs.logprob == pytest.approx(expected[3].item(), abs=1e-5)
+    best = expected.topk(2)
+    assert [token_id for token_id, _ in tokens[0].logprobs.top] == best.indices.tolist()
+    assert [logprob for _, logprob in tokens[0].logprobs.top] == pytest.approx(best.values.tolist())
     assert tokens[1].logprobs is None
+
+
+def test_processed_logprobs_are_those_of_the_draw() -> None:
+    logits = random_logits(3)
+    rows = [{"top_k": 3}, {"temperature": 0.5}, {"num_logprobs": None}]
+    seqs = [
+        sequence(**({"num_logprobs": 5, "processed_logprobs": True} | wishes)) for wishes in rows
+    ]
+    tokens = sample(logits, seqs)
+    top = dict(tokens[0].logprobs.top)
+    assert len(top) == 5
+    assert sum(math.exp(logprob) > 0 for logprob in top.values()) == 3
+    assert top[tokens[0].token_id] == tokens[0].logprobs.logprob
+    expected = (logits[1] / 0.5).log_softmax(-1)[tokens[1].token_id].item()
+    assert tokens[1].logprobs.logprob == pytest.approx(expected, abs=1e-5)
+    assert tokens[2].logprobs is None
