@@ -90,6 +90,8 @@ class LoadedModel:
     """Most tokens of prompt and reply together; of an encoder-decoder, of each."""
     chat_template: ChatTemplate
     vocabulary: Vocabulary
+    eos_token_ids: frozenset[int] = frozenset()
+    """They end a reply."""
     continues_prompt: bool = True
     """False where the reply is a text of its own, as an encoder-decoder's is."""
     device: str = "cpu"
@@ -195,6 +197,7 @@ def _load(found: FoundModel, settings: Settings) -> LoadedModel:
         vocabulary=Vocabulary(tokenizer, _vocab_size(model)),
         max_model_len=config.max_model_len,
         chat_template=_choose_template(found.name, tokenizer, settings),
+        eos_token_ids=config.eos_token_ids,
         continues_prompt=not model.config.is_encoder_decoder,
         device=device,
         dtype=wished if wished and is_quantized else _dtype_name(model, settings),

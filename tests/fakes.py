@@ -193,6 +193,7 @@ def build_model(engine: FakeEngine, tokenizer: PreTrainedTokenizerFast) -> Loade
         vocab_size=VOCAB_SIZE,
         vocabulary=Vocabulary(tokenizer, VOCAB_SIZE),
         max_model_len=1024,
+        eos_token_ids=frozenset({IM_END}),
         chat_template=ChatTemplate(
             text=CHATML,
             name="tiny",

@@ -43,7 +43,8 @@ async def answer_chat(context: Context, body: ChatCompletionRequest) -> Answer:
     model = context.models.current
     # In a thread: a template that a client sent may take its time.
     prompt = await asyncio.to_thread(_build_prompt, context.settings, model, body)
-    generation = await text_generation.generate(model, _to_text_request(body, prompt))
+    request = await asyncio.to_thread(_to_text_request, model, body, prompt)
+    generation = await text_generation.generate(model, request)
     usage = UsageCounter(generation, body.n)
     deltas = usage.count()
     if not body.continue_:  # there, a space parts two words
@@ -78,12 +79,14 @@ def _to_chat_options(settings: Settings, body: ChatCompletionRequest) -> ChatOpt
     )
 
 
-def _to_text_request(body: ChatCompletionRequest, prompt: Prompt) -> TextRequest:
+def _to_text_request(
+    model: LoadedModel, body: ChatCompletionRequest, prompt: Prompt
+) -> TextRequest:
     # 0 means no limit here, as it always did in this API.
     max_tokens = to_max_tokens(body) or None
     return TextRequest(
         prompts=(prompt.text,),
-        params=to_sampling_params(body, max_tokens=max_tokens),
+        params=to_sampling_params(body, model, max_tokens=max_tokens),
         num_choices=body.n,
         stop_strings=(*body.stop, *prompt.stop_strings),
         add_special_tokens=prompt.add_special_tokens,

@@ -1,5 +1,6 @@
 """POST /v1/completions: continues texts or token ids."""
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
@@ -38,7 +39,9 @@ def add_routes(router: APIRouter, context: Context) -> None:
 async def answer_completion(context: Context, body: CompletionRequest) -> Answer:
     """Raises what `text_generation.generate` raises, and NoModelLoadedError."""
     model = context.models.current
-    generation = await text_generation.generate(model, _to_text_request(body))
+    # In a thread: the first time that tokens are searched takes a while.
+    request = await asyncio.to_thread(_to_text_request, model, body)
+    generation = await text_generation.generate(model, request)
     usage = UsageCounter(generation, body.num_candidates)
     deltas = usage.count()
     if body.num_candidates > body.n:
@@ -49,12 +52,12 @@ async def answer_completion(context: Context, body: CompletionRequest) -> Answer
     return Answer(_build_chunks(envelope, deltas, usage), partial(_fold, envelope))
 
 
-def _to_text_request(body: CompletionRequest) -> TextRequest:
+def _to_text_request(model: LoadedModel, body: CompletionRequest) -> TextRequest:
     is_ranked = body.num_candidates > body.n
     return TextRequest(
         prompts=body.prompt,
         params=to_sampling_params(
-            body, max_tokens=to_max_tokens(body), num_logprobs=0 if is_ranked else None
+            body, model, max_tokens=to_max_tokens(body), num_logprobs=0 if is_ranked else None
         ),
         num_choices=body.num_candidates,
         stop_strings=tuple(body.stop),
