@@ -10,7 +10,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from modules.engine.logits_processors import find_share, sort_descending
+from modules.engine.logits_processors import (
+    find_highest,
+    find_share,
+    leave_out_below,
+    sort_descending,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +56,7 @@ class Candidates:
 
     def cut(self, threshold: Tensor) -> Candidates:
         """Leave out what is below; `threshold` [num_rows, 1]."""
-        return self.reshape(lambda logits: logits.masked_fill(logits < threshold, -torch.inf))
+        return self.reshape(lambda logits: leave_out_below(logits, threshold))
 
     def rewrite(self, logits: Tensor) -> Candidates:
         """With other logits, in another order maybe."""
@@ -64,7 +69,7 @@ class Candidates:
         """Only the `width` likeliest tokens, in descending order; all, if there are no more."""
         if width >= self.logits.shape[-1]:
             return self.sorted()
-        logits, places = self.logits.topk(width)
+        logits, places = find_highest(self.logits, width)
         return replace(
             self,
             logits=logits,

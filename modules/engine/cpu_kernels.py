@@ -1,5 +1,6 @@
 """The compiled functions of the CPU path, over numpy arrays: int8 and int4 matrix products, norms,
-rotary positions, activations, attention over paged keys and values.
+rotary positions, activations, attention over paged keys and values; and what torch is slow at when
+a token is chosen.
 
 Numba compiles them to this processor's vector instructions at first use and keeps the result on
 disk, so no C++ compiler is needed. They are in one file because that cache notices the changes of
@@ -36,6 +37,7 @@ ZERO_POINT = 128
 
 _LOG2_E = np.float32(1.4426950408889634)
 _MASKED = np.float32(-1e30)  # not infinite: differences of two stay numbers
+_MINUS_INFINITY = np.float32(-np.inf)
 _SMALLEST_EXPONENT = np.float32(-126.0)
 _TINY = np.float32(1e-30)
 _INT8_MAX = np.float32(127)
@@ -928,3 +930,18 @@ def run_layers(
         quantize_gated(gate_up, mixed_size, gated, gated_levels)
         multiply(gated_levels, weights.down, layer, added)
         add(hidden, added)
+
+
+# Choosing a token
+
+
+@njit(cache=True, nogil=True)
+def leave_out_below(logits: Any, thresholds: Any, out: Any) -> None:
+    """out = logits, [num_rows, num_candidates], but minus infinity below thresholds, [num_rows, 1].
+
+    One pass at the memory's pace; torch's `masked_fill` takes twenty times as long.
+    """
+    for row in range(logits.shape[0]):
+        for i in range(logits.shape[1]):
+            logit = logits[row, i]
+            out[row, i] = logit if logit >= thresholds[row, 0] else _MINUS_INFINITY

@@ -11,8 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from modules.engine import cpu_kernels
+
 # The draw and every share of probability are summed up in pieces of so many.
 PIECE = 128
+# Of what only the highest are looked for.
+BLOCK = 32
+# Times a probability of 0, this is 0; minus infinity is not a number then.
+LOWEST = -1e30
 # The shape of adaptive-p's preference.
 ADAPTIVE_WIDTH, ADAPTIVE_PEAK, ADAPTIVE_SHARPNESS = 0.3, 5.0, 10.0
 # How many of the likeliest tokens mirostat 1 looks at to estimate the exponent.
@@ -128,12 +134,13 @@ def find_eta_threshold(logits: Tensor, epsilon: Tensor) -> Tensor:
 
 def find_top_n_sigma_threshold(logits: Tensor, num_sigmas: Tensor) -> Tensor:
     """Within `num_sigmas` standard deviations of all logits from the highest (Tang et al. 2024)."""
-    is_there = logits.isfinite()
-    count = is_there.sum(-1, keepdim=True)
-    distance = torch.where(is_there, logits - logits.amax(-1, keepdim=True), 0)
+    highest = logits.amax(-1, keepdim=True)
+    is_there = (logits > -torch.inf).float()
+    distance = (logits - highest).clamp(min=LOWEST) * is_there
+    count = sum_rows(is_there)
     mean = sum_rows(distance) / count
     variance = sum_rows(distance**2) / count - mean**2
-    return (logits.amax(-1, keepdim=True) - num_sigmas * variance.clamp(min=0).sqrt()).float()
+    return (highest - num_sigmas * variance.clamp(min=0).sqrt()).float()
 
 
 def find_mirostat_1_threshold(descending: Tensor, mu: Tensor) -> Tensor:
@@ -193,6 +200,39 @@ def prefer_probability(logits: Tensor, target: Tensor) -> Tensor:
 # What they share
 
 
+def leave_out_below(logits: Tensor, threshold: Tensor) -> Tensor:
+    """Minus infinity in place of what is lower than `threshold`, [num_rows, 1]."""
+    if logits.device.type != "cpu":
+        return logits.masked_fill(logits < threshold, -torch.inf)
+    out = torch.empty(logits.shape)
+    cpu_kernels.leave_out_below(logits.contiguous().numpy(), threshold.numpy(), out.numpy())
+    return out
+
+
+def find_highest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` highest logits of each row in descending order, and where they are.
+
+    Where there are many, only the blocks with the highest maxima are looked into: each that holds
+    one of the highest logits is among as many.
+    """
+    if 2 * count * BLOCK > logits.shape[-1]:
+        values, places = logits.topk(count)
+        return values, places
+    blocks = _in_pieces(logits, BLOCK, -torch.inf)
+    chosen = blocks.amax(-1).topk(count).indices
+    members = blocks.gather(1, chosen[..., None].expand(-1, -1, BLOCK)).flatten(1)
+    values, order = members.topk(count)
+    return values, chosen.gather(-1, order // BLOCK) * BLOCK + order % BLOCK
+
+
+def _in_pieces(values: Tensor, size: int, rest: float = 0.0) -> Tensor:
+    """[num_rows, n] → [num_rows, num_pieces, size], filled up with `rest`."""
+    num_missing = -values.shape[-1] % size
+    if num_missing:
+        values = torch.nn.functional.pad(values, (0, num_missing), value=rest)
+    return values.reshape(len(values), -1, size)
+
+
 def find_share(weights: Tensor, shares: Tensor) -> Tensor:
     """The first place up to which `weights` [num_rows, n] add up to more than `shares` of their
     sum, [num_rows, 1], float64; at most the last one that has a weight. [num_rows, 1].
@@ -200,9 +240,7 @@ def find_share(weights: Tensor, shares: Tensor) -> Tensor:
     Weights are added in pieces, and only one piece by single ones: a whole cumulative sum in
     float64 would take ten times as long.
     """
-    num_missing = -weights.shape[-1] % PIECE
-    pieces = torch.nn.functional.pad(weights, (0, num_missing)) if num_missing else weights
-    pieces = pieces.reshape(len(weights), -1, PIECE)
+    pieces = _in_pieces(weights, PIECE)
     ends = pieces.sum(-1, dtype=torch.float64).cumsum(-1)
     total = ends[:, -1:]
     targets = torch.minimum(shares * total, torch.nextafter(total, torch.zeros_like(total)))
@@ -218,16 +256,13 @@ def find_share(weights: Tensor, shares: Tensor) -> Tensor:
 
 def find_entropy(logits: Tensor) -> Tensor:
     """In nats, [num_rows, 1], float64."""
-    logprobs = logits.log_softmax(-1)
-    return -sum_rows(torch.where(logits.isfinite(), logits.softmax(-1) * logprobs, 0))
+    return -sum_rows(logits.softmax(-1) * logits.log_softmax(-1).clamp(min=LOWEST))
 
 
 def sum_rows(values: Tensor) -> Tensor:
     """[num_rows, n] → [num_rows, 1], float64. Torch adds a single row up in another order than one
     of many; but not these pieces."""
-    num_missing = -values.shape[-1] % PIECE
-    pieces = torch.nn.functional.pad(values, (0, num_missing)).reshape(len(values), -1, PIECE)
-    return pieces.sum(-1, dtype=torch.float64).cumsum(-1)[:, -1:]
+    return _in_pieces(values, PIECE).sum(-1, dtype=torch.float64).cumsum(-1)[:, -1:]
 
 
 def sort_descending(logits: Tensor) -> Tensor:

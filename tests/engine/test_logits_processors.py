@@ -29,6 +29,7 @@ from modules.engine.logits_processors import (
     find_entropy,
     find_epsilon_threshold,
     find_eta_threshold,
+    find_highest,
     find_min_p_threshold,
     find_mirostat_1_threshold,
     find_mirostat_2_threshold,
@@ -39,6 +40,7 @@ from modules.engine.logits_processors import (
     find_top_n_sigma_threshold,
     find_top_p_threshold,
     keep_tokens,
+    leave_out_below,
     leave_out_top_choices,
     leave_out_untypical,
     penalize_repetition,
@@ -348,3 +350,21 @@ def test_a_row_is_the_same_to_the_last_bit_in_any_company(rows) -> None:
         (find_top_n_sigma_threshold(alone, p), find_top_n_sigma_threshold(batch, many(p))),
     ):
         assert torch.equal(one, all_rows[:1])
+
+
+@pytest.mark.parametrize("vocab", [1000, 4096, 49_152, 50_257])
+@pytest.mark.parametrize("count", [1, 5, 64, 700])
+def test_the_highest_logits(vocab, count) -> None:
+    logits = torch.randn(3, vocab, generator=torch.Generator().manual_seed(count))
+    logits[0, 7:] = -torch.inf
+    expected = logits.topk(count).values
+    values, places = find_highest(logits, count)
+    assert torch.equal(values, expected)
+    assert torch.equal(logits.gather(-1, places), expected)
+
+
+def test_what_is_below_is_left_out() -> None:
+    logits = torch.tensor([[1.0, 2.0, -torch.inf], [5.0, 6.0, 7.0]])
+    kept_logits = leave_out_below(logits, torch.tensor([[2.0], [-torch.inf]]))
+    assert kept_logits.tolist() == [[-torch.inf, 2, -torch.inf], [5, 6, 7]]
+    assert torch.equal(leave_out_below(logits[:1].expand(2, -1), logits[:, :1])[0], logits[0])
