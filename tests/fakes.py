@@ -38,7 +38,7 @@ class Script:
     logprob: float = -1.0
     num_cached_tokens: int = 0
     blocks: bool = False
-    """Wait after the tokens until the engine is stopped, instead of ending."""
+    """Wait after the tokens until everything is ended, instead of ending."""
     error: Exception | None = None
     """Raise it after the tokens, instead of ending."""
 
@@ -98,7 +98,7 @@ class FakeEngine:
     is_dead: bool = False
     is_stopped: bool = False
     blocked: threading.Event = field(default_factory=threading.Event)
-    """Set when a script waits for `stop`."""
+    """Set when a script waits for `stop` or `abort_all`."""
     closed: threading.Event = field(default_factory=threading.Event)
     """Set when a `generate` has ended, in whatever way."""
     _open_ids: set[str] = field(default_factory=set)
@@ -151,15 +151,24 @@ class FakeEngine:
         self._waiting.append(stopped)
         self.blocked.set()
         await stopped
-        raise GenerationAbortedError("The server is shutting down.")
+        if self.is_stopped:
+            raise GenerationAbortedError("The server is shutting down.")
 
     def abort(self, request_id: str) -> None:
         if request_id in self._open_ids:
             self._open_ids.remove(request_id)
             self.aborted.append(request_id)
 
+    def abort_all(self) -> None:
+        for request_id in tuple(self._open_ids):
+            self.abort(request_id)
+        self._wake()
+
     def stop(self) -> None:
         self.is_stopped = True
+        self._wake()
+
+    def _wake(self) -> None:
         for stopped in self._waiting:
             stopped.get_loop().call_soon_threadsafe(stopped.set_result, None)
 

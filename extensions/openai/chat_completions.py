@@ -19,7 +19,12 @@ from extensions.openai.responses import (
     build_envelope,
     build_usage_chunk,
 )
-from extensions.openai.sampling import to_max_tokens, to_sampling_params
+from extensions.openai.sampling import (
+    fill_from_preset,
+    to_max_tokens,
+    to_sampling_params,
+    to_truncation,
+)
 from extensions.openai.streaming import Answer, Chunks
 from extensions.openai.typing import ChatCompletionRequest
 from extensions.openai.usage import UsageCounter
@@ -42,8 +47,9 @@ def add_routes(router: APIRouter, context: Context) -> None:
 async def answer_chat(context: Context, body: ChatCompletionRequest) -> Answer:
     """Raises what `build_prompt` and `text_generation.generate` raise, and NoModelLoadedError."""
     model = context.models.current
+    body = await asyncio.to_thread(fill_from_preset, body, PROJECT_ROOT)
     # In a thread: a template that a client sent may take its time.
-    prompt = await asyncio.to_thread(_build_prompt, context.settings, model, body)
+    prompt = await asyncio.to_thread(build_chat_prompt, context.settings, model, body)
     request = await asyncio.to_thread(_to_text_request, model, body, prompt)
     generation = await text_generation.generate(model, request)
     usage = UsageCounter(generation, body.n)
@@ -56,7 +62,9 @@ async def answer_chat(context: Context, body: ChatCompletionRequest) -> Answer:
     return Answer(chunks, partial(_fold, envelope))
 
 
-def _build_prompt(settings: Settings, model: LoadedModel, body: ChatCompletionRequest) -> Prompt:
+def build_chat_prompt(
+    settings: Settings, model: LoadedModel, body: ChatCompletionRequest
+) -> Prompt:
     options = _to_chat_options(settings, body)
     return build_prompt(body.messages, options, model.chat_template, PROJECT_ROOT)
 
@@ -98,7 +106,11 @@ def _to_text_request(
         num_choices=body.n,
         stop_strings=(*body.stop, *prompt.stop_strings),
         add_special_tokens=prompt.add_special_tokens,
+        add_bos_token=body.add_bos_token,
         skip_special_tokens=body.skip_special_tokens,
+        min_len=body.min_length,
+        truncation=to_truncation(body, model, max_tokens),
+        max_tokens_per_second=body.max_tokens_second if body.stream else 0,
         prompt_param="messages",
     )
 

@@ -19,13 +19,19 @@ from extensions.openai.responses import (
     build_text_completion,
     build_usage_chunk,
 )
-from extensions.openai.sampling import to_max_tokens, to_sampling_params
+from extensions.openai.sampling import (
+    fill_from_preset,
+    to_max_tokens,
+    to_sampling_params,
+    to_truncation,
+)
 from extensions.openai.streaming import Answer, Chunks
 from extensions.openai.typing import CompletionRequest
 from extensions.openai.usage import UsageCounter
 from modules import text_generation
 from modules.context import Context
 from modules.models import LoadedModel
+from modules.settings import PROJECT_ROOT
 from modules.text_generation import TextDelta, TextRequest
 
 
@@ -40,7 +46,8 @@ def add_routes(router: APIRouter, context: Context) -> None:
 async def answer_completion(context: Context, body: CompletionRequest) -> Answer:
     """Raises what `text_generation.generate` raises, and NoModelLoadedError."""
     model = context.models.current
-    # In a thread: the first time that tokens are searched takes a while.
+    # In a thread: a file may have to be read, and the first search for tokens takes a while.
+    body = await asyncio.to_thread(fill_from_preset, body, PROJECT_ROOT)
     request = await asyncio.to_thread(_to_text_request, model, body)
     generation = await text_generation.generate(model, request)
     usage = UsageCounter(generation, body.num_candidates)
@@ -59,15 +66,20 @@ def _to_text_request(model: LoadedModel, body: CompletionRequest) -> TextRequest
     num_logprobs = body.logprobs
     if num_logprobs is None and body.num_candidates > body.n:
         num_logprobs = 0  # for the ranking
-    params = to_sampling_params(
-        body, model, max_tokens=to_max_tokens(body), num_logprobs=num_logprobs
-    )
+    max_tokens = to_max_tokens(body)
+    params = to_sampling_params(body, model, max_tokens=max_tokens, num_logprobs=num_logprobs)
     return TextRequest(
         prompts=body.prompt,
         params=replace(params, prompt_logprobs=body.echo and body.logprobs is not None),
         num_choices=body.num_candidates,
         stop_strings=tuple(body.stop),
+        add_bos_token=body.add_bos_token,
         skip_special_tokens=body.skip_special_tokens,
+        min_len=body.min_length,
+        truncation=to_truncation(body, model, max_tokens),
+        heals_tokens=body.token_healing,
+        suffix=body.suffix,
+        max_tokens_per_second=body.max_tokens_second if body.stream else 0,
     )
 
 

@@ -10,13 +10,14 @@ from dataclasses import replace
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
 
-from extensions.openai.sampling import to_sampling_params
+from extensions.openai.sampling import fill_from_preset, to_sampling_params, to_truncation
 from extensions.openai.typing import LogitsRequest, NextTokens
 from modules import text_generation
 from modules.context import Context
 from modules.engine.sampling_params import SamplingParams
 from modules.errors import InvalidRequestError
 from modules.models import LoadedModel
+from modules.settings import PROJECT_ROOT
 from modules.text_generation import TextRequest
 
 
@@ -25,11 +26,22 @@ def add_routes(router: APIRouter, context: Context) -> None:
     async def get_logits(body: LogitsRequest) -> Response:
         """The likeliest next tokens of a prompt and their probabilities, the likeliest first."""
         model = context.models.current
+        body = await asyncio.to_thread(fill_from_preset, body, PROJECT_ROOT)
         if body.top_logits > model.vocab_size:
             message = f"The model has only {model.vocab_size} tokens."
             raise InvalidRequestError(message, "top_logits")
-        params = await asyncio.to_thread(_to_sampling_params, model, body)
-        return JSONResponse(await _compute_probabilities(model, body, params))
+        request = await asyncio.to_thread(_to_text_request, model, body)
+        return JSONResponse(await _compute_probabilities(model, request))
+
+
+def _to_text_request(model: LoadedModel, body: LogitsRequest) -> TextRequest:
+    return TextRequest(
+        prompts=(body.prompt,),
+        params=_to_sampling_params(model, body),
+        add_bos_token=body.add_bos_token,
+        min_len=body.min_length,
+        truncation=to_truncation(body, model, 1),
+    )
 
 
 def _to_sampling_params(model: LoadedModel, body: LogitsRequest) -> SamplingParams:
@@ -40,13 +52,9 @@ def _to_sampling_params(model: LoadedModel, body: LogitsRequest) -> SamplingPara
     return replace(params, processed_logprobs=True)
 
 
-async def _compute_probabilities(
-    model: LoadedModel, body: LogitsRequest, params: SamplingParams
-) -> dict[str, float]:
+async def _compute_probabilities(model: LoadedModel, request: TextRequest) -> dict[str, float]:
     """By the spelling of tokens; of two that are spelled the same, the likelier."""
-    generation = await text_generation.generate(
-        model, TextRequest(prompts=(body.prompt,), params=params)
-    )
+    generation = await text_generation.generate(model, request)
     probabilities: dict[str, float] = {}
     async with aclosing(generation.deltas) as deltas:
         async for delta in deltas:

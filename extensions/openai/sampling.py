@@ -1,19 +1,29 @@
-"""Request → SamplingParams: the only place where wire names become the engine's names."""
+"""Request + preset → SamplingParams: the only place where wire names become the engine's names."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import ValidationError
 
 from extensions.openai.typing import GenerationOptions, SamplingOptions
 from modules.engine.sampling_params import DEFAULT_SAMPLER_ORDER, SamplerStep, SamplingParams
 from modules.errors import InvalidRequestError
 from modules.models import LoadedModel
+from modules.presets import load_preset
+from modules.prompt_tokens import Truncation
+
+Options = TypeVar("Options", bound=GenerationOptions)
 
 # Only the top token is left long before this; below it, logits could leave the range of float32.
 MIN_TEMPERATURE = 1e-5
 # Of which epsilon and eta cutoffs give a number.
 PARTS_PER_UNIT = 10_000
+# Of a truncated context, for replies that may be as long as they like.
+NUM_RESERVED = 512
 BANNED = -100.0
 FORCED = 100.0
 TEMPERATURE_STEPS = (
@@ -21,6 +31,32 @@ TEMPERATURE_STEPS = (
     SamplerStep.DYNAMIC_TEMPERATURE,
     SamplerStep.QUADRATIC_SAMPLING,
 )
+
+
+def fill_from_preset(options: Options, root: Path) -> Options:
+    """`options`, with what its preset says of the fields that the request left out.
+
+    Raises DataFileNotFoundError, and InvalidRequestError where the file holds what a request may
+    not.
+    """
+    if not options.preset:
+        return options
+    values = load_preset(root, options.preset)
+    unknown = next((key for key in values if key not in SamplingOptions.model_fields), None)
+    if unknown is not None:
+        raise _blame_preset(options.preset, str(unknown), "There is no such parameter")
+    try:
+        preset = SamplingOptions.model_validate(values)
+    except ValidationError as error:
+        detail = error.errors()[0]
+        key = str(detail["loc"][0]) if detail["loc"] else ""
+        raise _blame_preset(options.preset, key, detail["msg"]) from error
+    left_out = preset.model_fields_set - options.model_fields_set
+    return options.model_copy(update={name: getattr(preset, name) for name in left_out})
+
+
+def _blame_preset(name: str, key: str, reason: str) -> InvalidRequestError:
+    return InvalidRequestError(f"The preset {name!r} cannot be used: {key}: {reason}", "preset")
 
 
 def to_sampling_params(
@@ -39,7 +75,7 @@ def to_sampling_params(
     logit_bias = _to_logit_bias(options)
     _check_that_a_token_is_left(options, model, allowed, logit_bias)
     return SamplingParams(
-        max_tokens=max_tokens,
+        max_tokens=None if options.auto_max_new_tokens else max_tokens,
         min_tokens=options.min_tokens,
         stop_token_ids=tuple(options.stop_token_ids),
         ban_eos=options.ban_eos_token,
@@ -90,6 +126,24 @@ def to_max_tokens(options: GenerationOptions) -> int | None:
     if options.max_completion_tokens is not None:
         return options.max_completion_tokens
     return options.max_tokens
+
+
+def to_truncation(
+    options: GenerationOptions, model: LoadedModel, max_tokens: int | None
+) -> Truncation | None:
+    """Raises InvalidRequestError if `max_tokens` leave no room for a prompt."""
+    if not options.truncation_length:
+        return None
+    max_len = min(options.truncation_length, model.max_model_len)
+    num_reserved = min(NUM_RESERVED, max_len // 2) if max_tokens is None else max_tokens
+    if num_reserved >= max_len:
+        named = options.max_completion_tokens is not None
+        raise InvalidRequestError(
+            f"A reply of {num_reserved} tokens leaves no room for a prompt: there are {max_len} "
+            "for both.",
+            "max_completion_tokens" if named else "max_tokens",
+        )
+    return Truncation(max_len, max(1, num_reserved))
 
 
 # Chance

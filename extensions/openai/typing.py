@@ -45,7 +45,6 @@ MAX_NUM_BEAMS = 64
 # Known fields that change the meaning of an answer and are not implemented yet, each with the
 # values that ask for nothing. Any other is refused: better no answer than one to another question.
 REFUSED_FIELDS: Mapping[str, tuple[Any, ...]] = {
-    "suffix": ("",),
     "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -54,16 +53,11 @@ REFUSED_FIELDS: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
     "modalities": (["text"],),
     "web_search_options": (),
-    "preset": ("",),
     "guidance_scale": (1,),
     "negative_prompt": ("",),
     "penalty_alpha": (0,),
     "num_beams": (1,),
     "grammar_string": ("",),
-    "truncation_length": (0,),
-    "max_tokens_second": (0,),
-    "auto_max_new_tokens": (False,),
-    "add_bos_token": (True,),
 }
 
 
@@ -490,12 +484,28 @@ class GenerationOptions(SamplingOptions):
     stream_options: StreamOptions = Field(
         default_factory=StreamOptions, description="Options that only matter with `stream`."
     )
+    preset: str = Field(
+        default="",
+        description="Name of a file in presets, without `.yaml`: it fills what is left out here.",
+    )
     n: NumChoices = Field(default=1, description="How many choices to generate per prompt.")
     max_tokens: Count | None = Field(
         default=None, description="Most tokens to generate. null: until the context is full."
     )
     max_completion_tokens: Count | None = Field(
         default=None, description="OpenAI's newer name of `max_tokens`; wins over it."
+    )
+    auto_max_new_tokens: bool = Field(
+        default=False, description="Instead of `max_tokens`: until the context is full."
+    )
+    truncation_length: Count = Field(
+        default=0,
+        description="Most tokens of prompt and reply together. Of a prompt that does not leave "
+        "`max_tokens` of them (512, if that is not given), the last tokens are kept. 0: the "
+        "model's context, and prompts that are too long are refused.",
+    )
+    max_tokens_second: Count = Field(
+        default=0, description="Stream at most so many tokens per second. 0: no limit."
     )
     min_tokens: Count = Field(
         default=0, description="The reply does not end before it has so many tokens."
@@ -542,6 +552,10 @@ class GenerationOptions(SamplingOptions):
         description="Guess up to this many tokens at a time from what has been said before. It "
         "changes no answer, and is faster where answers repeat their prompts. 0: off.",
     )
+    add_bos_token: bool = Field(
+        default=True,
+        description="false: leave out the beginning-of-sequence tokens that a text begins with.",
+    )
     skip_special_tokens: bool = Field(
         default=True, description="Leave special tokens such as `<|im_end|>` out of the text."
     )
@@ -562,6 +576,16 @@ class CompletionRequest(GenerationOptions):
         default=None,
         description="Show the log-probability of each token, and of so many of the likeliest ones "
         "in its place. With `echo`, of the prompt's tokens too. null: of none.",
+    )
+    suffix: str = Field(
+        default="",
+        description="What comes after the text that is asked for, with models that have learnt to "
+        "fill in the middle. It is not part of the answer.",
+    )
+    token_healing: bool = Field(
+        default=False,
+        description="For prompts that may end inside a word: the last token is read as the "
+        "beginning of the next one.",
     )
     best_of: NumChoices | None = Field(
         default=None,
@@ -798,3 +822,83 @@ class NextTokens(RootModel[dict[str, float]]):
 class Health(BaseModel):
     status: Literal["ok"]
     model: str | None = Field(description="Name of the loaded model.")
+
+
+# Tokens
+
+
+TokenIds = Annotated[list[Count], Field(description="Token ids of the model's own.")]
+Length = Annotated[int, Field(description="The number of tokens.")]
+
+
+class EncodeRequest(WireModel):
+    model_config = _example({"text": "Hello!"})
+
+    text: str = Field(description="What to cut into tokens, special ones added.")
+
+
+class EncodedText(BaseModel):
+    tokens: TokenIds
+    length: Length
+
+
+class TokenCount(BaseModel):
+    length: Length
+
+
+class DecodeRequest(WireModel):
+    model_config = _example({"tokens": [19556, 17]})
+
+    tokens: TokenIds
+
+
+class DecodedText(BaseModel):
+    text: str = Field(description="Without special tokens.")
+
+
+class ChatPrompt(BaseModel):
+    prompt: str = Field(description="What the model would read.")
+    length: Length
+
+
+class TokenizeRequest(WireModel):
+    """Either `prompt` or `messages`."""
+
+    model_config = _example({"prompt": "Hello!"})
+
+    prompt: str | None = Field(default=None, description="What to cut into tokens.")
+    messages: list[Message] | None = Field(default=None, description="A conversation instead.")
+    add_special_tokens: bool | None = Field(
+        default=None,
+        description="Add those that the tokenizer adds. null: with `prompt`, and where the "
+        "template does not spell them out.",
+    )
+    add_generation_prompt: bool = Field(
+        default=True, description="Open the assistant's turn after `messages`."
+    )
+    return_token_strs: bool = Field(default=False, description="Answer with `token_strs` too.")
+
+    @model_validator(mode="after")
+    def _check_that_there_is_one(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            _refuse("prompt", "There should be either a prompt or messages", None)
+        return self
+
+
+class TokenizedText(BaseModel):
+    count: Length
+    max_model_len: int = Field(description="Most tokens of prompt and reply together.")
+    tokens: TokenIds
+    token_strs: list[str] | None = Field(description="As the tokenizer's files spell them.")
+
+
+class DetokenizeRequest(DecodeRequest):
+    pass
+
+
+class DetokenizedText(BaseModel):
+    prompt: str = Field(description="With special tokens.")
+
+
+class PresetList(BaseModel):
+    preset_names: list[str]
