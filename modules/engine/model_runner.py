@@ -109,10 +109,11 @@ class ModelRunner:
 
     def _run(self, batch: ScheduledBatch) -> StepResult:
         logits = self.forward(batch)
-        num_rows = sum(1 + len(item.draft) for item in batch.ending)
-        guided = guide(logits[:num_rows], batch.ending)
+        num_scored_rows = sum(len(item.scored) for item in batch.scored)
+        sampled, scored = logits.split([len(logits) - num_scored_rows, num_scored_rows])
         return StepResult(
-            _sample_along(guided, batch.sampled), _score_prompts(logits[num_rows:], batch.scored)
+            _sample_along(guide(sampled, batch.ending), batch.sampled),
+            _score_prompts(scored, batch.scored),
         )
 
     @property
@@ -122,14 +123,14 @@ class ModelRunner:
     def forward(self, batch: ScheduledBatch) -> Tensor:
         """Logits, [num_rows, vocab_size], float32: after the last token of the sequences that are
         sampled and of their companions, and after each token of their drafts; then before each
-        token that is scored.
+        token of a prompt that is scored.
         """
         token_ids, positions, segments, rows = _pack(batch)
         logits = None
+        is_step_of_ones = len(batch.items) == len(token_ids) and rows == [*range(len(token_ids))]
         # What is replayed does not tell its hidden states.
         can_record = not any(item.seq.params.hidden_states for item in batch.items)
-        is_decoding = len(batch.ending) == len(rows) == len(token_ids)
-        if self._graphs is not None and is_decoding and can_record:
+        if self._graphs is not None and is_step_of_ones and can_record:
             logits = self._graphs.run(token_ids, positions, segments)
         if logits is None:
             attention = self._attention.batch(segments)
@@ -185,7 +186,6 @@ def _pack(
     segments = []
     sampled_rows: list[int] = []
     scored_rows: list[int] = []
-    ending = set(map(id, batch.ending))
     for item in batch.items:
         # Attended to as if alone, each of them, a draft's tokens are rounded as in steps of one.
         end = item.end + len(item.draft)
@@ -195,7 +195,7 @@ def _pack(
         first_row = len(token_ids)
         token_ids += [*item.seq.token_ids[item.start : item.end], *item.draft]
         positions += range(item.start, end)
-        if id(item) in ending:
+        if item.is_last_chunk:
             sampled_rows += range(len(token_ids) - 1 - len(item.draft), len(token_ids))
         # What follows a token is said by its own row.
         scored_rows += [first_row + place - 1 - item.start for place in item.scored]

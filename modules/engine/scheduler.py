@@ -62,8 +62,7 @@ class ScheduledBatch:
     @property
     def ending(self) -> tuple[ScheduledSequence, ...]:
         """The items after which a new token comes, in order."""
-        items = self.items
-        return tuple(item for item in items if item.is_last_chunk and not item.seq.only_scores)
+        return tuple(item for item in self.items if item.is_last_chunk)
 
     @property
     def sampled(self) -> tuple[ScheduledSequence, ...]:
@@ -314,12 +313,12 @@ class Scheduler:
         self, item: ScheduledSequence, tokens: list[SampledToken], scores: list[Logprobs]
     ) -> list[TokenOutput]:
         seq = item.seq
-        prompt = report_prompt(seq, scores)
         outputs: list[TokenOutput] = []
         if seq.is_finished:  # with the sequence that it goes with
             return outputs
+        prompt = report_prompt(seq, scores)
         reason = prompt[-1].finish_reason if prompt else None
-        for token in tokens:
+        for token in tokens if reason is None else []:
             seq.append(token.token_id, token.sampler_state)
             reason = seq.find_finish_reason()
             outputs.append(build_output(seq, token, reason))

@@ -104,7 +104,7 @@ def test_a_preempted_prompt_is_reported_once(make_engine, tiny_model) -> None:
         engine.add(request(str(number), prompt, **SCORES, max_tokens=100))
     preempted = []
     preempt = engine.scheduler._preempt
-    engine.scheduler._preempt = lambda seq: (preempted.append(seq.request_id), preempt(seq))[1]
+    engine.scheduler._preempt = lambda unit: (preempted.append(unit), preempt(unit))[1]
     outputs = run(engine)
     assert preempted
     for number, prompt in enumerate(prompts):
@@ -119,7 +119,7 @@ def test_preempted_amid_its_prompt(make_engine, tiny_model) -> None:
     assert len(prompt) > 3 * 64
     engine.add(request("a", prompt, **SCORES, max_tokens=2))
     outputs = [output for _ in range(2) for output in engine.step()]
-    engine.scheduler._preempt(engine.scheduler.running[0])
+    engine.scheduler._preempt(engine.scheduler.running[0].unit)
     outputs += run(engine)["a"]
     assert_scored(outputs, tiny_model, prompt)
 
