@@ -18,8 +18,6 @@ from modules.prompt_tokens import Truncation
 
 Options = TypeVar("Options", bound=GenerationOptions)
 
-# Only the top token is left long before this; below it, logits could leave the range of float32.
-MIN_TEMPERATURE = 1e-5
 # Of which epsilon and eta cutoffs give a number.
 PARTS_PER_UNIT = 10_000
 # Of a truncated context, for replies that may be as long as they like.
@@ -151,15 +149,13 @@ def to_truncation(
 
 def _is_greedy(options: SamplingOptions) -> bool:
     """A nucleus of no probability still holds its first token."""
-    return not options.do_sample or options.top_p == 0 or options.temperature < MIN_TEMPERATURE
+    return not options.do_sample or options.top_p == 0
 
 
 def _to_dynamic_temperature(options: SamplingOptions) -> tuple[float, float, float] | None:
     if not options.dynamic_temperature:
         return None
-    low = max(options.dynatemp_low, MIN_TEMPERATURE)
-    high = max(options.dynatemp_high, MIN_TEMPERATURE)
-    return low, high, options.dynatemp_exponent
+    return options.dynatemp_low, options.dynatemp_high, options.dynatemp_exponent
 
 
 def _to_sampler_order(options: SamplingOptions) -> tuple[SamplerStep, ...]:
