@@ -190,6 +190,6 @@ async def test_everything_can_be_ended_at_once(engine) -> None:
     await asyncio.wait_for(began.wait(), 30)
     engine.abort_all()
     counts = await asyncio.wait_for(asyncio.gather(*callers), 30)
-    assert 1 <= max(counts)
+    assert max(counts) >= 1
     assert sum(counts) < 3 * 511, "the context was filled"
     await until_idle(engine)

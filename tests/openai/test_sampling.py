@@ -175,6 +175,7 @@ def test_temperature_last(convert: Convert) -> None:
         {"allowed_token_ids": [IM_END, 5], "min_tokens": 1, "stop_token_ids": [5]},
         {"logit_bias": {str(token_id): -100 for token_id in range(VOCAB_SIZE)}},
         {"custom_token_bans": ",".join(map(str, range(IM_END))), "ban_eos_token": True},
+        {"stop_token_ids": list(range(VOCAB_SIZE)), "min_length": 1},
     ],
 )
 def test_some_token_must_be_left(convert: Convert, fields: dict[str, Any]) -> None:
