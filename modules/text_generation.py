@@ -62,7 +62,11 @@ class TextRequest:
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """New text of one choice, and the tokens that were read since the last delta of that choice."""
+    """New text of one choice, and the tokens that were read since the last delta of that choice.
+
+    Tokens end with the one that completed a stop string, so they may say more than the text. Where
+    a prompt is scored, its tokens come first, in a delta of their own that has no text.
+    """
 
     index: int
     """prompt index × num_choices + choice."""
@@ -99,11 +103,14 @@ async def generate(model: LoadedModel, request: TextRequest) -> Generation:
 
     Raises:
         InvalidRequestError: a prompt is empty or holds a token id outside the vocabulary, or the
-            model cannot fill in the middle.
+            model cannot fill in the middle, or not score a prompt.
         ContextLengthExceededError: a prompt leaves no room for a reply.
         EngineDeadError: nothing can be generated any more.
     """
     model.engine.check_health()
+    if request.params.prompt_logprobs and not model.continues_prompt:
+        message = "This model's reply is a text of its own: it gives its prompt no probabilities."
+        raise InvalidRequestError(message, "echo")
     prompts = tuple([await _prepare(model, prompt, request) for prompt in request.prompts])
     deltas = _generate_text(model, prompts, request)
     if request.max_tokens_per_second:
@@ -178,7 +185,7 @@ async def _generate_text(
     model: LoadedModel, prompts: tuple[_Prompt, ...], request: TextRequest
 ) -> AsyncGenerator[TextDelta, None]:
     choices = _build_choices(model, prompts, request)
-    if request.params.max_tokens == 0:
+    if request.params.max_tokens == 0 and not request.params.prompt_logprobs:
         for choice in choices.values():
             yield TextDelta(choice.index, "", (), FinishReason.LENGTH)
         return
@@ -186,11 +193,11 @@ async def _generate_text(
     async with aclosing(model.engine.generate(sequences)) as steps:
         async for outputs in steps:
             for choice, choice_outputs in _group_by_choice(choices, outputs):
-                delta = choice.read(choice_outputs)
-                if choice.detokenizer.is_stopped:
-                    model.engine.abort(choice.request.request_id)
-                if delta is not None:
-                    yield delta
+                for delta in (choice.read_prompt(choice_outputs), choice.read(choice_outputs)):
+                    if choice.detokenizer.is_stopped:
+                        model.engine.abort(choice.request.request_id)
+                    if delta is not None:
+                        yield delta
     for choice in choices.values():
         if not choice.is_finished:  # the engine was told to end it
             yield choice.finish()
@@ -262,6 +269,17 @@ class _Choice:
         self.detokenizer = detokenizer
         self.is_finished = False
         self._unsent: list[TokenOutput] = []
+        self._scored: list[TokenOutput] = []
+
+    def read_prompt(self, outputs: list[TokenOutput]) -> TextDelta | None:
+        """The delta of the prompt's tokens, which has no text, once all of them are scored."""
+        self._scored += [output for output in outputs if output.is_prompt]
+        if len(self._scored) < len(self.request.prompt_token_ids):
+            return None
+        scored, self._scored = self._scored, []
+        finish_reason = scored[-1].finish_reason
+        self.is_finished = finish_reason is not None
+        return TextDelta(self.index, "", tuple(scored), finish_reason)
 
     def read(self, outputs: list[TokenOutput]) -> TextDelta | None:
         """The delta that these tokens make; None while all of their text is held back."""
@@ -270,6 +288,8 @@ class _Choice:
         text = ""
         finish_reason = None
         for output in outputs:
+            if output.is_prompt:
+                continue
             if output.finish_reason is FinishReason.ABORT:
                 raise GenerationAbortedError("The server ended this generation.")
             if output.finish_reason is FinishReason.ERROR:

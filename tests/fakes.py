@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from modules.engine.outputs import FinishReason, TokenOutput
+from modules.engine.outputs import FinishReason, TokenOutput, TopLogprobs
 from modules.engine.sequence import SequenceRequest
 from modules.errors import EngineDeadError, GenerationAbortedError, NoModelLoadedError
 from modules.instruction_templates import ChatTemplate, TemplateSource
@@ -49,16 +49,39 @@ class Script:
         max_tokens = request.params.max_tokens
         if max_tokens is not None and max_tokens < len(ids):
             ids, finish_reason = ids[:max_tokens], FinishReason.LENGTH
-        return [
+        outputs = [
             TokenOutput(
                 request.request_id,
                 token_id,
                 finish_reason if i == len(ids) - 1 else None,
                 self.num_cached_tokens,
                 self.logprob if request.params.num_logprobs is not None else None,
+                self._build_top(token_id, request),
             )
             for i, token_id in enumerate(ids)
         ]
+        return [*self._score(request), *outputs]
+
+    def _score(self, request: SequenceRequest) -> list[TokenOutput]:
+        """What `prompt_logprobs` asks for."""
+        ids = request.prompt_token_ids if request.params.prompt_logprobs else ()
+        ends = request.params.max_tokens == 0
+        return [
+            TokenOutput(
+                request.request_id,
+                token_id,
+                FinishReason.LENGTH if ends and i == len(ids) - 1 else None,
+                logprob=self.logprob if i else None,
+                top_logprobs=self._build_top(token_id, request) if i else (),
+                is_prompt=True,
+            )
+            for i, token_id in enumerate(ids)
+        ]
+
+    def _build_top(self, token_id: int, request: SequenceRequest) -> TopLogprobs:
+        """Tokens beside it, the less likely the further."""
+        num = request.params.num_logprobs or 0
+        return tuple(((token_id + i) % VOCAB_SIZE, self.logprob - i) for i in range(num))
 
 
 @dataclass(slots=True)

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request, Response
 
 from extensions.openai import streaming
 from extensions.openai.docs import describe_chat
+from extensions.openai.logprobs import ReadLogprobs, make_chat_reader, read_none
 from extensions.openai.responses import (
     Envelope,
     Json,
@@ -56,7 +57,9 @@ async def answer_chat(context: Context, body: ChatCompletionRequest) -> Answer:
     if not body.continue_:  # there, a space parts two words
         deltas = _strip_start(deltas)
     envelope = build_envelope("chatcmpl", model.name)
-    return Answer(_build_chunks(envelope, deltas, usage, body.n), partial(_fold, envelope))
+    read_logprobs = make_chat_reader(model.vocabulary) if body.logprobs else read_none
+    chunks = _build_chunks(envelope, deltas, usage, body.n, read_logprobs)
+    return Answer(chunks, partial(_fold, envelope))
 
 
 def build_chat_prompt(
@@ -94,7 +97,12 @@ def _to_text_request(
     max_tokens = to_max_tokens(body) or None
     return TextRequest(
         prompts=(prompt.text,),
-        params=to_sampling_params(body, model, max_tokens=max_tokens),
+        params=to_sampling_params(
+            body,
+            model,
+            max_tokens=max_tokens,
+            num_logprobs=body.top_logprobs if body.logprobs else None,
+        ),
         num_choices=body.n,
         stop_strings=(*body.stop, *prompt.stop_strings),
         add_special_tokens=prompt.add_special_tokens,
@@ -131,16 +139,21 @@ async def _build_chunks(
     deltas: AsyncGenerator[TextDelta, None],
     usage: UsageCounter,
     num_choices: int,
+    read_logprobs: ReadLogprobs,
 ) -> Chunks:
     for index in range(num_choices):
         start = {"role": "assistant", "content": "", "refusal": None}
         yield build_chat_chunk(envelope, index, start)
     async with aclosing(deltas):
         async for delta in deltas:
-            if delta.text:
-                yield build_chat_chunk(envelope, delta.index, {"content": delta.text})
-            if delta.finish_reason is not None:
-                yield build_chat_chunk(envelope, delta.index, {}, delta.finish_reason)
+            logprobs = read_logprobs(delta)
+            reason = delta.finish_reason
+            if delta.text or (logprobs is not None and reason is None):
+                content = {"content": delta.text}
+                yield build_chat_chunk(envelope, delta.index, content, logprobs=logprobs)
+                logprobs = None
+            if reason is not None:
+                yield build_chat_chunk(envelope, delta.index, {}, reason, logprobs)
     yield build_usage_chunk(envelope, "chat.completion.chunk", usage.build_usage())
 
 

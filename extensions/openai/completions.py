@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request, Response
 
 from extensions.openai import streaming
 from extensions.openai.docs import describe_completion
+from extensions.openai.logprobs import ReadLogprobs, make_text_reader, read_none
 from extensions.openai.responses import (
     Envelope,
     Json,
@@ -54,19 +55,22 @@ async def answer_completion(context: Context, body: CompletionRequest) -> Answer
     if body.num_candidates > body.n:
         deltas = _select_best(deltas, body.num_candidates, body.n)
     if body.echo:
-        deltas = _prepend(_read_prompts(model, body), deltas)
+        prepend = _prepend if body.logprobs is None else _add_to_scores
+        deltas = prepend(_read_prompts(model, body), deltas)
     envelope = build_envelope("cmpl", model.name)
-    return Answer(_build_chunks(envelope, deltas, usage), partial(_fold, envelope))
+    chunks = _build_chunks(envelope, deltas, usage, _choose_reader(model, body))
+    return Answer(chunks, partial(_fold, envelope))
 
 
 def _to_text_request(model: LoadedModel, body: CompletionRequest) -> TextRequest:
-    is_ranked = body.num_candidates > body.n
+    num_logprobs = body.logprobs
+    if num_logprobs is None and body.num_candidates > body.n:
+        num_logprobs = 0  # for the ranking
     max_tokens = to_max_tokens(body)
+    params = to_sampling_params(body, model, max_tokens=max_tokens, num_logprobs=num_logprobs)
     return TextRequest(
         prompts=body.prompt,
-        params=to_sampling_params(
-            body, model, max_tokens=max_tokens, num_logprobs=0 if is_ranked else None
-        ),
+        params=replace(params, prompt_logprobs=body.echo and body.logprobs is not None),
         num_choices=body.num_candidates,
         stop_strings=tuple(body.stop),
         add_bos_token=body.add_bos_token,
@@ -77,6 +81,12 @@ def _to_text_request(model: LoadedModel, body: CompletionRequest) -> TextRequest
         suffix=body.suffix,
         max_tokens_per_second=body.max_tokens_second if body.stream else 0,
     )
+
+
+def _choose_reader(model: LoadedModel, body: CompletionRequest) -> ReadLogprobs:
+    if body.logprobs is None:
+        return read_none
+    return make_text_reader(model.vocabulary, body.skip_special_tokens)
 
 
 # Stages between the generation and its chunks
@@ -99,7 +109,8 @@ async def _select_best(
 
 
 def _mean_logprob(candidate: list[TextDelta]) -> float:
-    logprobs = [output.logprob or 0.0 for delta in candidate for output in delta.outputs]
+    outputs = [output for delta in candidate for output in delta.outputs if not output.is_prompt]
+    logprobs = [output.logprob or 0.0 for output in outputs]
     return sum(logprobs) / len(logprobs) if logprobs else 0.0
 
 
@@ -112,6 +123,16 @@ async def _prepend(
     async with aclosing(deltas):
         async for delta in deltas:
             yield delta
+
+
+async def _add_to_scores(
+    texts: list[str], deltas: AsyncGenerator[TextDelta, None]
+) -> AsyncGenerator[TextDelta, None]:
+    """Each choice's text from `texts`, in the delta of its prompt's tokens."""
+    async with aclosing(deltas):
+        async for delta in deltas:
+            is_prompt = any(output.is_prompt for output in delta.outputs)
+            yield replace(delta, text=texts[delta.index]) if is_prompt else delta
 
 
 def _read_prompts(model: LoadedModel, body: CompletionRequest) -> list[str]:
@@ -127,14 +148,21 @@ def _read_prompts(model: LoadedModel, body: CompletionRequest) -> list[str]:
 
 
 async def _build_chunks(
-    envelope: Envelope, deltas: AsyncGenerator[TextDelta, None], usage: UsageCounter
+    envelope: Envelope,
+    deltas: AsyncGenerator[TextDelta, None],
+    usage: UsageCounter,
+    read_logprobs: ReadLogprobs,
 ) -> Chunks:
     async with aclosing(deltas):
         async for delta in deltas:
-            if delta.text:
-                yield build_text_chunk(envelope, delta.index, delta.text)
-            if delta.finish_reason is not None:
-                yield build_text_chunk(envelope, delta.index, "", delta.finish_reason)
+            logprobs = read_logprobs(delta)
+            reason = delta.finish_reason
+            if delta.text or (logprobs is not None and reason is None):
+                text = delta.text
+                yield build_text_chunk(envelope, delta.index, text, logprobs=logprobs)
+                logprobs = None
+            if reason is not None:
+                yield build_text_chunk(envelope, delta.index, "", reason, logprobs)
     yield build_usage_chunk(envelope, "text_completion", usage.build_usage())
 
 

@@ -17,6 +17,7 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainValidator,
+    RootModel,
     ValidationError,
     WithJsonSchema,
     model_validator,
@@ -31,6 +32,8 @@ MAX_MAGNITUDE = 1e6
 MAX_INT = 2**31 - 1
 MAX_CHOICES_PER_PROMPT = 128
 MAX_CHOICES_PER_REQUEST = 2048
+# Alternatives shown beside each token. OpenAI's completions stop at 5, its chats at 20.
+MAX_LOGPROBS = 20
 # Every token of a reply is compared with them.
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 1000
@@ -42,8 +45,6 @@ MAX_NUM_BEAMS = 64
 # Known fields that change the meaning of an answer and are not implemented yet, each with the
 # values that ask for nothing. Any other is refused: better no answer than one to another question.
 REFUSED_FIELDS: Mapping[str, tuple[Any, ...]] = {
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -164,6 +165,14 @@ def _to_token_ids(value: list[int]) -> tuple[int, ...]:
     return tuple(value)
 
 
+def _to_prompt(value: Any) -> str | tuple[int, ...]:
+    if isinstance(value, str):
+        return value
+    if _is_token_ids(value):
+        return _to_token_ids(value)
+    raise PydanticCustomError("prompt_type", "Input should be a string or a list of token ids")
+
+
 def _to_prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
     match value:
         case str():
@@ -214,6 +223,7 @@ Integer = Annotated[int, BeforeValidator(_to_int)]
 Count = Annotated[int, Field(ge=0, le=MAX_INT), BeforeValidator(_to_int)]
 NumBeams = Annotated[int, Field(ge=1, le=MAX_NUM_BEAMS), BeforeValidator(_to_int)]
 NumChoices = Annotated[int, Field(ge=1, le=MAX_CHOICES_PER_PROMPT), BeforeValidator(_to_int)]
+NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS), BeforeValidator(_to_int)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Amount = Annotated[float, Field(ge=0, le=MAX_MAGNITUDE)]
 Factor = Annotated[float, Field(ge=1 / MAX_MAGNITUDE, le=MAX_MAGNITUDE)]
@@ -246,6 +256,9 @@ TokenIdList = Annotated[
 ]
 Biases = Annotated[
     dict[str, Annotated[float, Field(ge=-100, le=100)]], AfterValidator(_require_token_ids)
+]
+Prompt = Annotated[
+    str | tuple[int, ...], PlainValidator(_to_prompt, json_schema_input_type=str | list[int])
 ]
 Prompts = Annotated[
     tuple[str | tuple[int, ...], ...],
@@ -559,6 +572,11 @@ class CompletionRequest(GenerationOptions):
     )
     max_tokens: Count = Field(default=16, description="Most tokens to generate.")
     echo: bool = Field(default=False, description="Begin each choice with its prompt.")
+    logprobs: NumLogprobs | None = Field(
+        default=None,
+        description="Show the log-probability of each token, and of so many of the likeliest ones "
+        "in its place. With `echo`, of the prompt's tokens too. null: of none.",
+    )
     suffix: str = Field(
         default="",
         description="What comes after the text that is asked for, with models that have learnt to "
@@ -656,8 +674,37 @@ class ChatCompletionRequest(GenerationOptions):
     continue_: bool = Field(
         default=False, description="Go on with the last message, which is the assistant's."
     )
+    logprobs: bool = Field(
+        default=False, description="Show the log-probability of each token of the reply."
+    )
+    top_logprobs: NumLogprobs = Field(
+        default=0,
+        description="With `logprobs`: of so many of the likeliest tokens in its place, too.",
+    )
     add_generation_prompt: bool = Field(
         default=True, description="Open the assistant's turn at the end of the prompt."
+    )
+
+    @model_validator(mode="after")
+    def _check_logprobs(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            _refuse("top_logprobs", "This field needs logprobs to be true", self.top_logprobs)
+        return self
+
+
+class LogitsRequest(GenerationOptions):
+    """Ask for the likeliest next tokens. Unknown fields are ignored, and null means the default."""
+
+    model_config = _example({"prompt": "The best thing about", "top_logits": 5})
+
+    prompt: Prompt = Field(description="A text, or token ids.")
+    use_samplers: bool = Field(
+        default=False,
+        description="true: as the parameters of this request change the probabilities. false: as "
+        "the model says, whatever they are.",
+    )
+    top_logits: Annotated[int, Field(ge=1, le=MAX_INT), BeforeValidator(_to_int)] = Field(
+        default=50, description="How many tokens to return, at most the whole vocabulary."
     )
 
 
@@ -700,10 +747,25 @@ class AssistantMessage(BaseModel):
     refusal: None
 
 
+class TokenLogprob(BaseModel):
+    token: str
+    logprob: float = Field(description="-9999 for what is impossible.")
+    bytes: list[int] = Field(description="UTF-8; of a part of a character for some tokens.")
+
+
+class ListedToken(TokenLogprob):
+    top_logprobs: list[TokenLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[ListedToken]
+    refusal: None
+
+
 class ChatChoice(BaseModel):
     index: int
     message: AssistantMessage
-    logprobs: None
+    logprobs: ChatLogprobs | None
     finish_reason: FinishReason
 
 
@@ -716,10 +778,19 @@ class ChatCompletion(BaseModel):
     usage: Usage
 
 
+class TextLogprobs(BaseModel):
+    tokens: list[str]
+    token_logprobs: list[float | None] = Field(
+        description="null for the first token of a prompt; -9999 for what is impossible."
+    )
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int] = Field(description="In characters of the choice's text.")
+
+
 class TextChoice(BaseModel):
     text: str
     index: int
-    logprobs: None
+    logprobs: TextLogprobs | None
     finish_reason: FinishReason
 
 
@@ -742,6 +813,10 @@ class Model(BaseModel):
 class ModelList(BaseModel):
     object: Literal["list"]
     data: list[Model]
+
+
+class NextTokens(RootModel[dict[str, float]]):
+    """Tokens as the model's files spell them, and their probabilities; the likeliest first."""
 
 
 class Health(BaseModel):

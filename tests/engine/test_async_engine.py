@@ -13,7 +13,7 @@ import pytest
 from modules.engine.async_engine import MAX_FAILED_STEPS, AsyncEngine
 from modules.engine.model_runner import ModelRunner
 from modules.engine.outputs import FinishReason
-from modules.engine.scheduler import ScheduledBatch
+from modules.engine.scheduler import ScheduledBatch, StepResult
 from modules.errors import EngineDeadError, GenerationAbortedError
 from tests.engine.conftest import request, run, token_ids
 
@@ -102,7 +102,7 @@ class Faulty:
         self.runner = runner
         self.request_ids = request_ids
 
-    def run(self, batch: ScheduledBatch) -> list:
+    def run(self, batch: ScheduledBatch) -> StepResult:
         if any(item.seq.request_id in self.request_ids for item in batch.items):
             raise ValueError("the secret prompt")
         return self.runner.run(batch)
