@@ -207,11 +207,7 @@ def _heal(
 def _check(model: LoadedModel, prompt_token_ids: tuple[int, ...], max_len: int, param: str) -> None:
     if not prompt_token_ids:
         raise InvalidRequestError("The prompt is empty: it has no tokens.", param)
-    unknown = next((i for i in prompt_token_ids if not 0 <= i < model.vocab_size), None)
-    if unknown is not None:
-        raise InvalidRequestError(
-            f"Token id {unknown} is outside the model's vocabulary of {model.vocab_size}.", param
-        )
+    model.check_token_ids(prompt_token_ids, param)
     if len(prompt_token_ids) >= max_len:
         raise ContextLengthExceededError(max_len, len(prompt_token_ids), param)
 

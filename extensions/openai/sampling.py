@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,14 +20,14 @@ from modules.prompt_tokens import Truncation
 
 Options = TypeVar("Options", bound=GenerationOptions)
 
-# Only the top token is left long before this; below it, logits could leave the range of float32.
-MIN_TEMPERATURE = 1e-5
 # Of which epsilon and eta cutoffs give a number.
 PARTS_PER_UNIT = 10_000
 # Of a truncated context, for replies that may be as long as they like.
 NUM_RESERVED = 512
 BANNED = -100.0
 FORCED = 100.0
+# One of them is to blame if no token is left, most likely the first that was used.
+RESTRICTIONS = ("allowed_token_ids", "logit_bias", "custom_token_bans", "stop_token_ids")
 TEMPERATURE_STEPS = (
     SamplerStep.TEMPERATURE,
     SamplerStep.DYNAMIC_TEMPERATURE,
@@ -73,7 +72,7 @@ def to_sampling_params(
 
     Raises InvalidRequestError where they name tokens that the model has not, or leave it none.
     """
-    _check_token_ids(options, model.vocab_size)
+    _check_token_ids(options, model)
     allowed = _to_allowed_token_ids(options)
     logit_bias = _to_logit_bias(options)
     _check_that_a_token_is_left(options, model, allowed, logit_bias)
@@ -181,15 +180,13 @@ def to_search(options: GenerationOptions, num_candidates: int) -> SearchOptions 
 
 def _is_greedy(options: SamplingOptions) -> bool:
     """A nucleus of no probability still holds its first token."""
-    return not options.do_sample or options.top_p == 0 or options.temperature < MIN_TEMPERATURE
+    return not options.do_sample or options.top_p == 0
 
 
 def _to_dynamic_temperature(options: SamplingOptions) -> tuple[float, float, float] | None:
     if not options.dynamic_temperature:
         return None
-    low = max(options.dynatemp_low, MIN_TEMPERATURE)
-    high = max(options.dynatemp_high, MIN_TEMPERATURE)
-    return low, high, options.dynatemp_exponent
+    return options.dynatemp_low, options.dynatemp_high, options.dynatemp_exponent
 
 
 def _to_sampler_order(options: SamplingOptions) -> tuple[SamplerStep, ...]:
@@ -227,21 +224,11 @@ def _find_xtc_protected(options: SamplingOptions, model: LoadedModel) -> tuple[i
 # Single tokens
 
 
-def _check_token_ids(options: GenerationOptions, vocab_size: int) -> None:
-    named: dict[str, Iterable[int]] = {
-        "logit_bias": map(int, options.logit_bias),
-        "custom_token_bans": options.custom_token_bans,
-        "allowed_token_ids": options.allowed_token_ids or (),
-        "stop_token_ids": options.stop_token_ids,
-    }
-    for field, token_ids in named.items():
-        unknown = next((token_id for token_id in token_ids if token_id >= vocab_size), None)
-        if unknown is not None:
-            raise InvalidRequestError(
-                f"Invalid value for '{field}': Token id {unknown} is outside the model's "
-                f"vocabulary of {vocab_size}.",
-                field,
-            )
+def _check_token_ids(options: GenerationOptions, model: LoadedModel) -> None:
+    model.check_token_ids(map(int, options.logit_bias), "logit_bias")
+    model.check_token_ids(options.custom_token_bans, "custom_token_bans")
+    model.check_token_ids(options.allowed_token_ids or (), "allowed_token_ids")
+    model.check_token_ids(options.stop_token_ids, "stop_token_ids")
 
 
 def _to_allowed_token_ids(options: GenerationOptions) -> tuple[int, ...] | None:
@@ -273,12 +260,5 @@ def _check_that_a_token_is_left(
         banned.update(options.stop_token_ids)
     left = range(model.vocab_size) if allowed is None else allowed
     if len(banned) >= len(left) and banned.issuperset(left):
-        field = next(
-            (
-                name
-                for name in ("allowed_token_ids", "logit_bias", "custom_token_bans")
-                if getattr(options, name)
-            ),
-            "ban_eos_token",
-        )
-        raise InvalidRequestError("No token is left that could be generated.", field)
+        fields = [name for name in RESTRICTIONS if getattr(options, name)]
+        raise InvalidRequestError("No token is left that could be generated.", fields[0])
