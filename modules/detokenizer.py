@@ -36,7 +36,9 @@ class IncrementalDetokenizer:
         prompt_token_ids: Sequence[int] = (),
         stop_strings: Sequence[str] = (),
         skip_special_tokens: bool = True,
+        num_repeated_chars: int = 0,
     ) -> None:
+        """The first `num_repeated_chars` repeat the prompt's end: they are left out."""
         self._decoder = decoder
         self._stop_strings = tuple(stop for stop in stop_strings if stop)
         self._skip_special_tokens = skip_special_tokens
@@ -45,6 +47,7 @@ class IncrementalDetokenizer:
         self._num_read = len(self._window)
         self._starts: list[int] = []  # places in the window where a character begins
         self._held = ""
+        self._num_repeated = num_repeated_chars
         self.is_stopped = False
 
     def add(self, token_id: int) -> str:
@@ -100,7 +103,9 @@ class IncrementalDetokenizer:
         return self._decoder.decode(token_ids, self._skip_special_tokens)
 
     def _release(self, new_text: str) -> str:
-        text = self._held + new_text
+        num_left_out = min(self._num_repeated, len(new_text))
+        self._num_repeated -= num_left_out
+        text = self._held + new_text[num_left_out:]
         cut = self._find_stop(text)
         if cut is not None:
             self.discard()

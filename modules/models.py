@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,6 +41,7 @@ from modules.engine.fused_layers import FORMATS, quantize_model
 from modules.engine.generate_engine import GenerateEngine
 from modules.engine.probe import count_kv_bytes, probe, probe_alone
 from modules.errors import (
+    InvalidRequestError,
     ModelLoadError,
     NoModelLoadedError,
     NotBatchableError,
@@ -90,10 +91,22 @@ class LoadedModel:
     """Most tokens of prompt and reply together; of an encoder-decoder, of each."""
     chat_template: ChatTemplate
     vocabulary: Vocabulary
+    eos_token_ids: frozenset[int] = frozenset()
+    """They end a reply."""
     continues_prompt: bool = True
     """False where the reply is a text of its own, as an encoder-decoder's is."""
     device: str = "cpu"
     dtype: str = "float32"
+
+    def check_token_ids(self, token_ids: Iterable[int], param: str) -> None:
+        """Raises InvalidRequestError, with the wire name of the field that they came in."""
+        unknown = next((i for i in token_ids if not 0 <= i < self.vocab_size), None)
+        if unknown is not None:
+            raise InvalidRequestError(
+                f"Invalid value for '{param}': Token id {unknown} is outside the model's "
+                f"vocabulary of {self.vocab_size}.",
+                param,
+            )
 
     def encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
@@ -195,6 +208,7 @@ def _load(found: FoundModel, settings: Settings) -> LoadedModel:
         vocabulary=Vocabulary(tokenizer, _vocab_size(model)),
         max_model_len=config.max_model_len,
         chat_template=_choose_template(found.name, tokenizer, settings),
+        eos_token_ids=config.eos_token_ids,
         continues_prompt=not model.config.is_encoder_decoder,
         device=device,
         dtype=wished if wished and is_quantized else _dtype_name(model, settings),

@@ -1,4 +1,4 @@
-"""From prompts to a stream of text: encode, check the length, run the engine, detokenize, stop
+"""From prompts to a stream of text: encode, fit into the context, run the engine, detokenize, stop
 strings.
 
 Knows neither HTTP nor how tokens are chosen. What can be refused is refused before anything is
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from collections import Counter
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -23,7 +24,10 @@ from modules.errors import (
     GenerationFailedError,
     InvalidRequestError,
 )
+from modules.fill_in_the_middle import enclose, find_fim_tokens
 from modules.models import LoadedModel
+from modules.prompt_tokens import Truncation, encode_prompt
+from modules.token_healing import heal
 
 # Encoding a text of this many characters takes about as long as handing it to a thread.
 MAX_INLINE_ENCODE_CHARS = 20_000
@@ -39,14 +43,30 @@ class TextRequest:
     stop_strings: tuple[str, ...] = ()
     add_special_tokens: bool = True
     """False for a rendered chat template, which already spells them out."""
+    add_bos_token: bool = True
+    """False: texts lose the beginning-of-sequence tokens that they begin with."""
     skip_special_tokens: bool = True
+    min_len: int = 0
+    """Prompt and reply together do not end before so many tokens."""
+    truncation: Truncation | None = None
+    """None: a prompt that leaves no room is refused."""
+    heals_tokens: bool = False
+    """Texts only: read a text without its last token, which the reply must begin with."""
+    suffix: str = ""
+    """What comes after the reply, if it is to fill in the middle."""
+    max_tokens_per_second: int = 0
+    """Of each choice; 0: as fast as they come."""
     prompt_param: str = "prompt"
     """Wire name of the field that the prompts came from, for errors."""
 
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """New text of one choice, and the tokens that were read since the last delta of that choice."""
+    """New text of one choice, and the tokens that were read since the last delta of that choice.
+
+    Tokens end with the one that completed a stop string, so they may say more than the text. Where
+    a prompt is scored, its tokens come first, in a delta of their own that has no text.
+    """
 
     index: int
     """prompt index × num_choices + choice."""
@@ -68,48 +88,104 @@ class Generation:
         return sum(map(len, self.prompt_token_ids))
 
 
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    """What the engine is asked for."""
+
+    token_ids: tuple[int, ...]
+    params: SamplingParams
+    num_repeated_chars: int = 0
+    """So much of the prompt's text does the reply begin with."""
+
+
 async def generate(model: LoadedModel, request: TextRequest) -> Generation:
     """Accept `request`, or raise.
 
     Raises:
-        InvalidRequestError: a prompt is empty or holds a token id outside the vocabulary.
+        InvalidRequestError: a prompt is empty or holds a token id outside the vocabulary, or the
+            model cannot fill in the middle, or not score a prompt.
         ContextLengthExceededError: a prompt leaves no room for a reply.
         EngineDeadError: nothing can be generated any more.
     """
     model.engine.check_health()
-    prompts = tuple([await _encode(model, prompt, request) for prompt in request.prompts])
-    for prompt_token_ids in prompts:
-        _check(model, prompt_token_ids, request.prompt_param)
-    return Generation(prompts, _generate_text(model, prompts, request))
+    if request.params.prompt_logprobs and not model.continues_prompt:
+        message = "This model's reply is a text of its own: it gives its prompt no probabilities."
+        raise InvalidRequestError(message, "echo")
+    prompts = tuple([await _prepare(model, prompt, request) for prompt in request.prompts])
+    deltas = _generate_text(model, prompts, request)
+    if request.max_tokens_per_second:
+        deltas = _pace(deltas, request.max_tokens_per_second)
+    return Generation(tuple(prompt.token_ids for prompt in prompts), deltas)
 
 
-async def _encode(
+async def _prepare(
     model: LoadedModel, prompt: str | tuple[int, ...], request: TextRequest
-) -> tuple[int, ...]:
-    if not isinstance(prompt, str):
-        return prompt
-    if len(prompt) < MAX_INLINE_ENCODE_CHARS:
-        return model.encode(prompt, request.add_special_tokens)
-    return await asyncio.to_thread(model.encode, prompt, request.add_special_tokens)
+) -> _Prompt:
+    is_quick = len(prompt) + len(request.suffix) < MAX_INLINE_ENCODE_CHARS
+    if is_quick and not request.heals_tokens:
+        return _to_prompt(model, prompt, request)
+    return await asyncio.to_thread(_to_prompt, model, prompt, request)
 
 
-def _check(model: LoadedModel, prompt_token_ids: tuple[int, ...], param: str) -> None:
+def _to_prompt(model: LoadedModel, prompt: str | tuple[int, ...], request: TextRequest) -> _Prompt:
+    params = request.params
+    encoded = encode_prompt(model, prompt, request.add_special_tokens, request.add_bos_token)
+    if request.suffix:
+        fim_tokens = find_fim_tokens(model)
+        encoded = enclose(model, fim_tokens, encoded, request.suffix)
+        stops = (*params.stop_token_ids, *fim_tokens.ends)
+        params = replace(params, stop_token_ids=tuple(dict.fromkeys(stops)))
+    max_len = model.max_model_len
+    if request.truncation is not None:
+        max_len = request.truncation.max_len
+        encoded = encoded.cut(request.truncation.max_prompt_len)
+    _check(model, encoded.token_ids, max_len, request.prompt_param)
+    params = _fit_params(model, params, len(encoded.token_ids), request)
+    if request.heals_tokens and isinstance(prompt, str) and model.continues_prompt:
+        return _heal(model, encoded.token_ids, params, request.skip_special_tokens)
+    return _Prompt(encoded.token_ids, params)
+
+
+def _fit_params(
+    model: LoadedModel, params: SamplingParams, num_prompt_tokens: int, request: TextRequest
+) -> SamplingParams:
+    """Limits on prompt and reply together become limits on the reply."""
+    if request.min_len:
+        num_counted = num_prompt_tokens if model.continues_prompt else 0
+        params = replace(params, min_tokens=max(params.min_tokens, request.min_len - num_counted))
+    if request.truncation is not None:
+        room = request.truncation.max_len - num_prompt_tokens
+        max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+        params = replace(params, max_tokens=max_tokens)
+    return params
+
+
+def _heal(
+    model: LoadedModel,
+    token_ids: tuple[int, ...],
+    params: SamplingParams,
+    skip_special_tokens: bool,
+) -> _Prompt:
+    healed = heal(model, token_ids, params, skip_special_tokens)
+    if healed is None:
+        return _Prompt(token_ids, params)
+    params = replace(params, first_token_ids=healed.first_token_ids)
+    return _Prompt(healed.token_ids, params, healed.num_repeated_chars)
+
+
+def _check(model: LoadedModel, prompt_token_ids: tuple[int, ...], max_len: int, param: str) -> None:
     if not prompt_token_ids:
         raise InvalidRequestError("The prompt is empty: it has no tokens.", param)
-    unknown = next((i for i in prompt_token_ids if not 0 <= i < model.vocab_size), None)
-    if unknown is not None:
-        raise InvalidRequestError(
-            f"Token id {unknown} is outside the model's vocabulary of {model.vocab_size}.", param
-        )
-    if len(prompt_token_ids) >= model.max_model_len:
-        raise ContextLengthExceededError(model.max_model_len, len(prompt_token_ids), param)
+    model.check_token_ids(prompt_token_ids, param)
+    if len(prompt_token_ids) >= max_len:
+        raise ContextLengthExceededError(max_len, len(prompt_token_ids), param)
 
 
 async def _generate_text(
-    model: LoadedModel, prompts: tuple[tuple[int, ...], ...], request: TextRequest
+    model: LoadedModel, prompts: tuple[_Prompt, ...], request: TextRequest
 ) -> AsyncGenerator[TextDelta, None]:
     choices = _build_choices(model, prompts, request)
-    if request.params.max_tokens == 0:
+    if request.params.max_tokens == 0 and not request.params.prompt_logprobs:
         for choice in choices.values():
             yield TextDelta(choice.index, "", (), FinishReason.LENGTH)
         return
@@ -117,28 +193,51 @@ async def _generate_text(
     async with aclosing(model.engine.generate(sequences)) as steps:
         async for outputs in steps:
             for choice, choice_outputs in _group_by_choice(choices, outputs):
-                delta = choice.read(choice_outputs)
-                if choice.detokenizer.is_stopped:
-                    model.engine.abort(choice.request.request_id)
-                if delta is not None:
-                    yield delta
+                for delta in (choice.read_prompt(choice_outputs), choice.read(choice_outputs)):
+                    if choice.detokenizer.is_stopped:
+                        model.engine.abort(choice.request.request_id)
+                    if delta is not None:
+                        yield delta
+    for choice in choices.values():
+        if not choice.is_finished:  # the engine was told to end it
+            yield choice.finish()
+
+
+async def _pace(
+    deltas: AsyncGenerator[TextDelta, None], max_tokens_per_second: int
+) -> AsyncGenerator[TextDelta, None]:
+    """Hold each choice's tokens back until they are due, counted from the first delta of all."""
+    num_sent: Counter[int] = Counter()
+    start = None
+    async with aclosing(deltas):
+        async for delta in deltas:
+            now = asyncio.get_running_loop().time()
+            start = now if start is None else start
+            due = start + num_sent[delta.index] / max_tokens_per_second
+            await asyncio.sleep(max(0.0, due - now))
+            num_sent[delta.index] += sum(not output.is_prompt for output in delta.outputs)
+            yield delta
 
 
 def _build_choices(
-    model: LoadedModel, prompts: tuple[tuple[int, ...], ...], request: TextRequest
+    model: LoadedModel, prompts: tuple[_Prompt, ...], request: TextRequest
 ) -> dict[str, _Choice]:
     group_id = uuid.uuid4().hex
     choices = {}
-    for prompt_index, prompt_token_ids in enumerate(prompts):
+    for prompt_index, prompt in enumerate(prompts):
         for choice_index in range(request.num_choices):
             index = prompt_index * request.num_choices + choice_index
             request_id = f"{group_id}-{index}"
-            context = prompt_token_ids if model.continues_prompt else ()
+            context = prompt.token_ids if model.continues_prompt else ()
             detokenizer = IncrementalDetokenizer(
-                model, context, request.stop_strings, request.skip_special_tokens
+                model,
+                context,
+                request.stop_strings,
+                request.skip_special_tokens,
+                prompt.num_repeated_chars,
             )
-            params = _derive_seed(request.params, choice_index)
-            sequence = SequenceRequest(request_id, prompt_token_ids, params)
+            params = _derive_seed(prompt.params, choice_index)
+            sequence = SequenceRequest(request_id, prompt.token_ids, params)
             choices[request_id] = _Choice(index, sequence, detokenizer)
     return choices
 
@@ -168,7 +267,19 @@ class _Choice:
         self.index = index
         self.request = request
         self.detokenizer = detokenizer
+        self.is_finished = False
         self._unsent: list[TokenOutput] = []
+        self._scored: list[TokenOutput] = []
+
+    def read_prompt(self, outputs: list[TokenOutput]) -> TextDelta | None:
+        """The delta of the prompt's tokens, which has no text, once all of them are scored."""
+        self._scored += [output for output in outputs if output.is_prompt]
+        if len(self._scored) < len(self.request.prompt_token_ids):
+            return None
+        scored, self._scored = self._scored, []
+        finish_reason = scored[-1].finish_reason
+        self.is_finished = finish_reason is not None
+        return TextDelta(self.index, "", tuple(scored), finish_reason)
 
     def read(self, outputs: list[TokenOutput]) -> TextDelta | None:
         """The delta that these tokens make; None while all of their text is held back."""
@@ -177,6 +288,8 @@ class _Choice:
         text = ""
         finish_reason = None
         for output in outputs:
+            if output.is_prompt:
+                continue
             if output.finish_reason is FinishReason.ABORT:
                 raise GenerationAbortedError("The server ended this generation.")
             if output.finish_reason is FinishReason.ERROR:
@@ -193,5 +306,13 @@ class _Choice:
                 break
         if not text and finish_reason is None:
             return None
+        return self._send(text, finish_reason)
+
+    def finish(self) -> TextDelta:
+        """The last delta of a sequence that the engine does not go on with."""
+        return self._send(self.detokenizer.finish(), FinishReason.STOP)
+
+    def _send(self, text: str, finish_reason: FinishReason | None) -> TextDelta:
+        self.is_finished = finish_reason is not None
         sent, self._unsent = self._unsent, []
         return TextDelta(self.index, text, tuple(sent), finish_reason)

@@ -50,6 +50,10 @@ class Vocabulary:
         piece = self.piece(token_id)
         return self._read(piece) if piece else b""
 
+    def is_special(self, token_id: int) -> bool:
+        """Whether it is left out of a text, if those tokens are."""
+        return token_id in self._special_ids
+
     def find_containing(self, text: str) -> frozenset[int]:
         """The tokens, special ones too, in which `text` is found."""
         return self._search(text.encode())

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from modules.engine.outputs import FinishReason, TokenOutput
+from modules.engine.outputs import FinishReason, TokenOutput, TopLogprobs
 from modules.engine.sequence import SequenceRequest
 from modules.errors import EngineDeadError, GenerationAbortedError, NoModelLoadedError
 from modules.instruction_templates import ChatTemplate, TemplateSource
@@ -38,7 +38,7 @@ class Script:
     logprob: float = -1.0
     num_cached_tokens: int = 0
     blocks: bool = False
-    """Wait after the tokens until the engine is stopped, instead of ending."""
+    """Wait after the tokens until everything is ended, instead of ending."""
     error: Exception | None = None
     """Raise it after the tokens, instead of ending."""
 
@@ -49,16 +49,39 @@ class Script:
         max_tokens = request.params.max_tokens
         if max_tokens is not None and max_tokens < len(ids):
             ids, finish_reason = ids[:max_tokens], FinishReason.LENGTH
-        return [
+        outputs = [
             TokenOutput(
                 request.request_id,
                 token_id,
                 finish_reason if i == len(ids) - 1 else None,
                 self.num_cached_tokens,
                 self.logprob if request.params.num_logprobs is not None else None,
+                self._build_top(token_id, request),
             )
             for i, token_id in enumerate(ids)
         ]
+        return [*self._score(request), *outputs]
+
+    def _score(self, request: SequenceRequest) -> list[TokenOutput]:
+        """What `prompt_logprobs` asks for."""
+        ids = request.prompt_token_ids if request.params.prompt_logprobs else ()
+        ends = request.params.max_tokens == 0
+        return [
+            TokenOutput(
+                request.request_id,
+                token_id,
+                FinishReason.LENGTH if ends and i == len(ids) - 1 else None,
+                logprob=self.logprob if i else None,
+                top_logprobs=self._build_top(token_id, request) if i else (),
+                is_prompt=True,
+            )
+            for i, token_id in enumerate(ids)
+        ]
+
+    def _build_top(self, token_id: int, request: SequenceRequest) -> TopLogprobs:
+        """Tokens beside it, the less likely the further."""
+        num = request.params.num_logprobs or 0
+        return tuple(((token_id + i) % VOCAB_SIZE, self.logprob - i) for i in range(num))
 
 
 @dataclass(slots=True)
@@ -75,7 +98,7 @@ class FakeEngine:
     is_dead: bool = False
     is_stopped: bool = False
     blocked: threading.Event = field(default_factory=threading.Event)
-    """Set when a script waits for `stop`."""
+    """Set when a script waits for `stop` or `abort_all`."""
     closed: threading.Event = field(default_factory=threading.Event)
     """Set when a `generate` has ended, in whatever way."""
     _open_ids: set[str] = field(default_factory=set)
@@ -128,15 +151,24 @@ class FakeEngine:
         self._waiting.append(stopped)
         self.blocked.set()
         await stopped
-        raise GenerationAbortedError("The server is shutting down.")
+        if self.is_stopped:
+            raise GenerationAbortedError("The server is shutting down.")
 
     def abort(self, request_id: str) -> None:
         if request_id in self._open_ids:
             self._open_ids.remove(request_id)
             self.aborted.append(request_id)
 
+    def abort_all(self) -> None:
+        for request_id in tuple(self._open_ids):
+            self.abort(request_id)
+        self._wake()
+
     def stop(self) -> None:
         self.is_stopped = True
+        self._wake()
+
+    def _wake(self) -> None:
         for stopped in self._waiting:
             stopped.get_loop().call_soon_threadsafe(stopped.set_result, None)
 
@@ -162,15 +194,20 @@ class FakeModelManager:
         return sorted(self.names)
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE without merges: a token's id is its byte. The ChatML tokens come after."""
+def build_tokenizer(
+    *special_tokens: str, merges: Sequence[tuple[str, str]] = ()
+) -> PreTrainedTokenizerFast:
+    """Byte-level BPE: a token's id is its byte. The ChatML tokens come after, then what `merges`
+    make, then `special_tokens`.
+    """
+    chatml = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
     vocab = {char: byte for byte, char in _byte_characters().items()}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    vocab |= {text: END_OF_TEXT + i for i, text in enumerate(chatml)}
+    vocab |= {first + second: VOCAB_SIZE + i for i, (first, second) in enumerate(merges)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=list(merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(
-        [AddedToken(text) for text in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")]
-    )
+    tokenizer.add_special_tokens([AddedToken(text) for text in (*chatml, *special_tokens)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|im_end|>"
     )
@@ -190,9 +227,10 @@ def build_model(engine: FakeEngine, tokenizer: PreTrainedTokenizerFast) -> Loade
         name="tiny",
         engine=engine,
         tokenizer=tokenizer,
-        vocab_size=VOCAB_SIZE,
-        vocabulary=Vocabulary(tokenizer, VOCAB_SIZE),
+        vocab_size=len(tokenizer),
+        vocabulary=Vocabulary(tokenizer, len(tokenizer)),
         max_model_len=1024,
+        eos_token_ids=frozenset({IM_END}),
         chat_template=ChatTemplate(
             text=CHATML,
             name="tiny",

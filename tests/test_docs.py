@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
+from typing import Any
 
 import pytest
 from fastapi import FastAPI
 
 from extensions.openai import script
+from extensions.openai.typing import (
+    MAX_INT,
+    MAX_MAGNITUDE,
+    CompletionRequest,
+    GenerationOptions,
+)
 from modules.context import Context
 from modules.models import ModelManager
 from modules.settings import PROJECT_ROOT, SETTINGS, Setting, Settings
@@ -30,6 +38,60 @@ def test_the_table_of_settings_is_that_of_the_code() -> None:
     _, _, table = README.partition("| Flag | Key")
     rows = table.partition("\n\n")[0].splitlines()[2:]
     assert rows == [settings_row(setting) for setting in SETTINGS]
+
+
+def parameter_rows() -> dict[str, str]:
+    """How the README's tables show the fields of a completion, beside its prompt."""
+    properties = (
+        CompletionRequest.model_json_schema()["properties"]
+        | GenerationOptions.model_json_schema()["properties"]
+    )
+    del properties["prompt"]
+    return {name: parameter_row(name, schema) for name, schema in properties.items()}
+
+
+def parameter_row(name: str, schema: dict[str, Any]) -> str:
+    default = schema.get("default")
+    shown = f"`{json.dumps(default)}`" if default or isinstance(default, int | float) else ""
+    description = schema["description"].replace("|", chr(92) + "|")
+    return f"| `{name}` | {shown} | {describe_values(schema)} | {description} |"
+
+
+def describe_values(schema: dict[str, Any]) -> str:
+    """In words: a type, and a range where it is narrower than what arithmetic can bear."""
+    match schema:
+        case {"anyOf": options}:
+            described = [describe_values(option) for option in options]
+            return " or ".join(text for text in described if text)
+        case {"type": "null"}:
+            return ""
+        case {"type": "array"}:
+            return "list"
+        case {"type": "string"}:
+            return "text"
+        case {"type": "boolean"}:
+            return "true, false"
+        case {"type": "integer" | "number" as kind}:
+            return describe_range(schema, "number" if kind == "number" else "integer")
+    return "object"
+
+
+def describe_range(schema: dict[str, Any], kind: str) -> str:
+    low = schema.get("minimum", 0)
+    high = schema.get("maximum", schema.get("exclusiveMaximum"))
+    if low <= -MAX_MAGNITUDE:
+        return kind
+    start = "above 0" if low == 1 / MAX_MAGNITUDE else f"from {low}"
+    if high in (MAX_INT, MAX_MAGNITUDE):
+        return f"{kind} {start}"
+    return f"{kind} {start} {'to' if 'maximum' in schema else 'to below'} {high}"
+
+
+def test_the_tables_of_parameters_are_those_of_the_code() -> None:
+    _, _, section = README.partition("### Parameters")
+    section = section.partition("\n### ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| `")]
+    assert sorted(rows) == sorted(parameter_rows().values())
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request, Response
 
 from extensions.openai import streaming
 from extensions.openai.docs import describe_chat
+from extensions.openai.logprobs import ReadLogprobs, make_chat_reader, read_none
 from extensions.openai.responses import (
     Envelope,
     Json,
@@ -18,7 +19,12 @@ from extensions.openai.responses import (
     build_envelope,
     build_usage_chunk,
 )
-from extensions.openai.sampling import to_max_tokens, to_sampling_params
+from extensions.openai.sampling import (
+    fill_from_preset,
+    to_max_tokens,
+    to_sampling_params,
+    to_truncation,
+)
 from extensions.openai.streaming import Answer, Chunks
 from extensions.openai.typing import ChatCompletionRequest
 from extensions.openai.usage import UsageCounter
@@ -41,18 +47,24 @@ def add_routes(router: APIRouter, context: Context) -> None:
 async def answer_chat(context: Context, body: ChatCompletionRequest) -> Answer:
     """Raises what `build_prompt` and `text_generation.generate` raise, and NoModelLoadedError."""
     model = context.models.current
+    body = await asyncio.to_thread(fill_from_preset, body, PROJECT_ROOT)
     # In a thread: a template that a client sent may take its time.
-    prompt = await asyncio.to_thread(_build_prompt, context.settings, model, body)
-    generation = await text_generation.generate(model, _to_text_request(body, prompt))
+    prompt = await asyncio.to_thread(build_chat_prompt, context.settings, model, body)
+    request = await asyncio.to_thread(_to_text_request, model, body, prompt)
+    generation = await text_generation.generate(model, request)
     usage = UsageCounter(generation, body.n)
     deltas = usage.count()
     if not body.continue_:  # there, a space parts two words
         deltas = _strip_start(deltas)
     envelope = build_envelope("chatcmpl", model.name)
-    return Answer(_build_chunks(envelope, deltas, usage, body.n), partial(_fold, envelope))
+    read_logprobs = make_chat_reader(model.vocabulary) if body.logprobs else read_none
+    chunks = _build_chunks(envelope, deltas, usage, body.n, read_logprobs)
+    return Answer(chunks, partial(_fold, envelope))
 
 
-def _build_prompt(settings: Settings, model: LoadedModel, body: ChatCompletionRequest) -> Prompt:
+def build_chat_prompt(
+    settings: Settings, model: LoadedModel, body: ChatCompletionRequest
+) -> Prompt:
     options = _to_chat_options(settings, body)
     return build_prompt(body.messages, options, model.chat_template, PROJECT_ROOT)
 
@@ -78,16 +90,27 @@ def _to_chat_options(settings: Settings, body: ChatCompletionRequest) -> ChatOpt
     )
 
 
-def _to_text_request(body: ChatCompletionRequest, prompt: Prompt) -> TextRequest:
+def _to_text_request(
+    model: LoadedModel, body: ChatCompletionRequest, prompt: Prompt
+) -> TextRequest:
     # 0 means no limit here, as it always did in this API.
     max_tokens = to_max_tokens(body) or None
     return TextRequest(
         prompts=(prompt.text,),
-        params=to_sampling_params(body, max_tokens=max_tokens),
+        params=to_sampling_params(
+            body,
+            model,
+            max_tokens=max_tokens,
+            num_logprobs=body.top_logprobs if body.logprobs else None,
+        ),
         num_choices=body.n,
         stop_strings=(*body.stop, *prompt.stop_strings),
         add_special_tokens=prompt.add_special_tokens,
+        add_bos_token=body.add_bos_token,
         skip_special_tokens=body.skip_special_tokens,
+        min_len=body.min_length,
+        truncation=to_truncation(body, model, max_tokens),
+        max_tokens_per_second=body.max_tokens_second if body.stream else 0,
         prompt_param="messages",
     )
 
@@ -116,16 +139,21 @@ async def _build_chunks(
     deltas: AsyncGenerator[TextDelta, None],
     usage: UsageCounter,
     num_choices: int,
+    read_logprobs: ReadLogprobs,
 ) -> Chunks:
     for index in range(num_choices):
         start = {"role": "assistant", "content": "", "refusal": None}
         yield build_chat_chunk(envelope, index, start)
     async with aclosing(deltas):
         async for delta in deltas:
-            if delta.text:
-                yield build_chat_chunk(envelope, delta.index, {"content": delta.text})
-            if delta.finish_reason is not None:
-                yield build_chat_chunk(envelope, delta.index, {}, delta.finish_reason)
+            logprobs = read_logprobs(delta)
+            reason = delta.finish_reason
+            if delta.text or (logprobs is not None and reason is None):
+                content = {"content": delta.text}
+                yield build_chat_chunk(envelope, delta.index, content, logprobs=logprobs)
+                logprobs = None
+            if reason is not None:
+                yield build_chat_chunk(envelope, delta.index, {}, reason, logprobs)
     yield build_usage_chunk(envelope, "chat.completion.chunk", usage.build_usage())
 
 

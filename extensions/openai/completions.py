@@ -1,5 +1,6 @@
 """POST /v1/completions: continues texts or token ids."""
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
@@ -9,6 +10,7 @@ from fastapi import APIRouter, Request, Response
 
 from extensions.openai import streaming
 from extensions.openai.docs import describe_completion
+from extensions.openai.logprobs import ReadLogprobs, make_text_reader, read_none
 from extensions.openai.responses import (
     Envelope,
     Json,
@@ -17,13 +19,19 @@ from extensions.openai.responses import (
     build_text_completion,
     build_usage_chunk,
 )
-from extensions.openai.sampling import to_max_tokens, to_sampling_params
+from extensions.openai.sampling import (
+    fill_from_preset,
+    to_max_tokens,
+    to_sampling_params,
+    to_truncation,
+)
 from extensions.openai.streaming import Answer, Chunks
 from extensions.openai.typing import CompletionRequest
 from extensions.openai.usage import UsageCounter
 from modules import text_generation
 from modules.context import Context
 from modules.models import LoadedModel
+from modules.settings import PROJECT_ROOT
 from modules.text_generation import TextDelta, TextRequest
 
 
@@ -38,28 +46,47 @@ def add_routes(router: APIRouter, context: Context) -> None:
 async def answer_completion(context: Context, body: CompletionRequest) -> Answer:
     """Raises what `text_generation.generate` raises, and NoModelLoadedError."""
     model = context.models.current
-    generation = await text_generation.generate(model, _to_text_request(body))
+    # In a thread: a file may have to be read, and the first search for tokens takes a while.
+    body = await asyncio.to_thread(fill_from_preset, body, PROJECT_ROOT)
+    request = await asyncio.to_thread(_to_text_request, model, body)
+    generation = await text_generation.generate(model, request)
     usage = UsageCounter(generation, body.num_candidates)
     deltas = usage.count()
     if body.num_candidates > body.n:
         deltas = _select_best(deltas, body.num_candidates, body.n)
     if body.echo:
-        deltas = _prepend(_read_prompts(model, body), deltas)
+        prepend = _prepend if body.logprobs is None else _add_to_scores
+        deltas = prepend(_read_prompts(model, body), deltas)
     envelope = build_envelope("cmpl", model.name)
-    return Answer(_build_chunks(envelope, deltas, usage), partial(_fold, envelope))
+    chunks = _build_chunks(envelope, deltas, usage, _choose_reader(model, body))
+    return Answer(chunks, partial(_fold, envelope))
 
 
-def _to_text_request(body: CompletionRequest) -> TextRequest:
-    is_ranked = body.num_candidates > body.n
+def _to_text_request(model: LoadedModel, body: CompletionRequest) -> TextRequest:
+    num_logprobs = body.logprobs
+    if num_logprobs is None and body.num_candidates > body.n:
+        num_logprobs = 0  # for the ranking
+    max_tokens = to_max_tokens(body)
+    params = to_sampling_params(body, model, max_tokens=max_tokens, num_logprobs=num_logprobs)
     return TextRequest(
         prompts=body.prompt,
-        params=to_sampling_params(
-            body, max_tokens=to_max_tokens(body), num_logprobs=0 if is_ranked else None
-        ),
+        params=replace(params, prompt_logprobs=body.echo and body.logprobs is not None),
         num_choices=body.num_candidates,
         stop_strings=tuple(body.stop),
+        add_bos_token=body.add_bos_token,
         skip_special_tokens=body.skip_special_tokens,
+        min_len=body.min_length,
+        truncation=to_truncation(body, model, max_tokens),
+        heals_tokens=body.token_healing,
+        suffix=body.suffix,
+        max_tokens_per_second=body.max_tokens_second if body.stream else 0,
     )
+
+
+def _choose_reader(model: LoadedModel, body: CompletionRequest) -> ReadLogprobs:
+    if body.logprobs is None:
+        return read_none
+    return make_text_reader(model.vocabulary, body.skip_special_tokens)
 
 
 # Stages between the generation and its chunks
@@ -82,7 +109,8 @@ async def _select_best(
 
 
 def _mean_logprob(candidate: list[TextDelta]) -> float:
-    logprobs = [output.logprob or 0.0 for delta in candidate for output in delta.outputs]
+    outputs = [output for delta in candidate for output in delta.outputs if not output.is_prompt]
+    logprobs = [output.logprob or 0.0 for output in outputs]
     return sum(logprobs) / len(logprobs) if logprobs else 0.0
 
 
@@ -95,6 +123,16 @@ async def _prepend(
     async with aclosing(deltas):
         async for delta in deltas:
             yield delta
+
+
+async def _add_to_scores(
+    texts: list[str], deltas: AsyncGenerator[TextDelta, None]
+) -> AsyncGenerator[TextDelta, None]:
+    """Each choice's text from `texts`, in the delta of its prompt's tokens."""
+    async with aclosing(deltas):
+        async for delta in deltas:
+            is_prompt = any(output.is_prompt for output in delta.outputs)
+            yield replace(delta, text=texts[delta.index]) if is_prompt else delta
 
 
 def _read_prompts(model: LoadedModel, body: CompletionRequest) -> list[str]:
@@ -110,14 +148,21 @@ def _read_prompts(model: LoadedModel, body: CompletionRequest) -> list[str]:
 
 
 async def _build_chunks(
-    envelope: Envelope, deltas: AsyncGenerator[TextDelta, None], usage: UsageCounter
+    envelope: Envelope,
+    deltas: AsyncGenerator[TextDelta, None],
+    usage: UsageCounter,
+    read_logprobs: ReadLogprobs,
 ) -> Chunks:
     async with aclosing(deltas):
         async for delta in deltas:
-            if delta.text:
-                yield build_text_chunk(envelope, delta.index, delta.text)
-            if delta.finish_reason is not None:
-                yield build_text_chunk(envelope, delta.index, "", delta.finish_reason)
+            logprobs = read_logprobs(delta)
+            reason = delta.finish_reason
+            if delta.text or (logprobs is not None and reason is None):
+                text = delta.text
+                yield build_text_chunk(envelope, delta.index, text, logprobs=logprobs)
+                logprobs = None
+            if reason is not None:
+                yield build_text_chunk(envelope, delta.index, "", reason, logprobs)
     yield build_usage_chunk(envelope, "text_completion", usage.build_usage())
 
 

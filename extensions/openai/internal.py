@@ -3,8 +3,10 @@
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
 
-from extensions.openai.typing import Health
+from extensions.openai.typing import Health, PresetList
 from modules.context import Context
+from modules.presets import list_presets
+from modules.settings import PROJECT_ROOT
 
 
 def add_routes(router: APIRouter, context: Context) -> None:
@@ -16,3 +18,15 @@ def add_routes(router: APIRouter, context: Context) -> None:
         if model is not None:
             model.engine.check_health()
         return JSONResponse({"status": "ok", "model": model.name if model else None})
+
+    @router.post("/v1/internal/stop-generation", tags=["Internal"])
+    async def stop_generation() -> Response:
+        """End every generation of every client; each keeps what it has so far."""
+        if context.models.is_loaded:
+            context.models.current.engine.abort_all()
+        return JSONResponse("OK")
+
+    @router.get("/v1/internal/presets", tags=["Internal"], responses={200: {"model": PresetList}})
+    async def get_presets() -> Response:
+        """The names that `preset` may have."""
+        return JSONResponse({"preset_names": list_presets(PROJECT_ROOT)})

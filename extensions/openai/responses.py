@@ -25,6 +25,7 @@ class Choice:
     index: int
     text: str
     finish_reason: str | None
+    logprobs: Json | None = None
 
 
 def build_envelope(prefix: str, model: str) -> Envelope:
@@ -49,7 +50,7 @@ def build_chat_completion(envelope: Envelope, choices: Iterable[Choice], usage: 
         {
             "index": choice.index,
             "message": {"role": "assistant", "content": choice.text, "refusal": None},
-            "logprobs": None,
+            "logprobs": choice.logprobs,
             "finish_reason": choice.finish_reason,
         }
         for choice in choices
@@ -58,23 +59,32 @@ def build_chat_completion(envelope: Envelope, choices: Iterable[Choice], usage: 
 
 
 def build_chat_chunk(
-    envelope: Envelope, index: int, delta: Json, finish_reason: str | None = None
+    envelope: Envelope,
+    index: int,
+    delta: Json,
+    finish_reason: str | None = None,
+    logprobs: Json | None = None,
 ) -> Json:
-    choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+    choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
     return _build_object(envelope, "chat.completion.chunk", [choice])
 
 
 def build_text_completion(envelope: Envelope, choices: Iterable[Choice], usage: Json) -> Json:
     wire_choices = [
-        _build_text_choice(choice.index, choice.text, choice.finish_reason) for choice in choices
+        _build_text_choice(choice.index, choice.text, choice.finish_reason, choice.logprobs)
+        for choice in choices
     ]
     return {**_build_object(envelope, "text_completion", wire_choices), "usage": usage}
 
 
 def build_text_chunk(
-    envelope: Envelope, index: int, text: str, finish_reason: str | None = None
+    envelope: Envelope,
+    index: int,
+    text: str,
+    finish_reason: str | None = None,
+    logprobs: Json | None = None,
 ) -> Json:
-    choice = _build_text_choice(index, text, finish_reason)
+    choice = _build_text_choice(index, text, finish_reason, logprobs)
     return _build_object(envelope, "text_completion", [choice])
 
 
@@ -96,5 +106,7 @@ def _build_object(envelope: Envelope, object_name: str, choices: list[Json]) -> 
     }
 
 
-def _build_text_choice(index: int, text: str, finish_reason: str | None) -> Json:
-    return {"text": text, "index": index, "logprobs": None, "finish_reason": finish_reason}
+def _build_text_choice(
+    index: int, text: str, finish_reason: str | None, logprobs: Json | None
+) -> Json:
+    return {"text": text, "index": index, "logprobs": logprobs, "finish_reason": finish_reason}

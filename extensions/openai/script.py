@@ -7,7 +7,7 @@ from sse_starlette.sse import AppStatus
 from starlette.routing import Match, Route
 from starlette.types import Scope
 
-from extensions.openai import chat_completions, completions, internal, models
+from extensions.openai import chat_completions, completions, internal, logits, models, tokens
 from extensions.openai.auth import build_router
 from extensions.openai.docs import add_docs
 from extensions.openai.errors import add_error_handlers
@@ -27,7 +27,7 @@ MIB = 2**20
 
 def setup(context: Context) -> None:
     router = build_router(context.settings.api_key)
-    for endpoints in (chat_completions, completions, models, internal):
+    for endpoints in (chat_completions, completions, models, internal, logits, tokens):
         endpoints.add_routes(router, context)
     context.app.include_router(router)
     options_route = OptionsRoute("/{path:path}", _answer_options, methods=["OPTIONS"])

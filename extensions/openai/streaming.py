@@ -150,6 +150,7 @@ def _to_classic_choice(choice: Json) -> Json:
 async def fold(chunks: Chunks, read_text: Callable[[Json], str]) -> tuple[list[Choice], Json]:
     """The choices and the usage; `read_text` finds the text in a choice of a chunk."""
     texts: dict[int, list[str]] = {}
+    logprobs: dict[int, list[Json]] = {}
     finish_reasons: dict[int, str] = {}
     usage: Json = {}
     async with aclosing(chunks):
@@ -157,13 +158,27 @@ async def fold(chunks: Chunks, read_text: Callable[[Json], str]) -> tuple[list[C
             usage = chunk.get("usage", usage)
             for choice in chunk["choices"]:
                 texts.setdefault(choice["index"], []).append(read_text(choice))
+                if choice["logprobs"] is not None:
+                    logprobs.setdefault(choice["index"], []).append(choice["logprobs"])
                 if choice["finish_reason"] is not None:
                     finish_reasons[choice["index"]] = choice["finish_reason"]
     choices = [
-        Choice(index, "".join(parts), finish_reasons.get(index))
+        Choice(
+            index, "".join(parts), finish_reasons.get(index), _join_logprobs(logprobs.get(index))
+        )
         for index, parts in sorted(texts.items())
     ]
     return choices, usage
+
+
+def _join_logprobs(parts: list[Json] | None) -> Json | None:
+    """One after the other; what is null in one of them is so in all."""
+    if not parts:
+        return None
+    return {
+        key: None if value is None else [entry for part in parts for entry in part[key]]
+        for key, value in parts[0].items()
+    }
 
 
 async def _send_whole(answer: Answer, request: Request) -> Response:

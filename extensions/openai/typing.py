@@ -4,16 +4,20 @@ What stands here is what users read at /docs, and after the requests what answer
 knows which requests are valid, not what becomes of them.
 """
 
+import json
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NoReturn, Required, Self
 
 from pydantic import (
+    AfterValidator,
     AliasChoices,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     PlainValidator,
+    RootModel,
     ValidationError,
     WithJsonSchema,
     model_validator,
@@ -28,18 +32,19 @@ MAX_MAGNITUDE = 1e6
 MAX_INT = 2**31 - 1
 MAX_CHOICES_PER_PROMPT = 128
 MAX_CHOICES_PER_REQUEST = 2048
+# Alternatives shown beside each token. OpenAI's completions stop at 5, its chats at 20.
+MAX_LOGPROBS = 20
 # Every token of a reply is compared with them.
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 1000
 MAX_STOP_TOKEN_IDS = 1024
+MAX_DRY_BREAKERS = 64
+MAX_DRY_BREAKER_CHARS = 100
+MAX_NUM_BEAMS = 64
 
 # Known fields that change the meaning of an answer and are not implemented yet, each with the
 # values that ask for nothing. Any other is refused: better no answer than one to another question.
 REFUSED_FIELDS: Mapping[str, tuple[Any, ...]] = {
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "logit_bias": ({},),
-    "suffix": ("",),
     "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -48,34 +53,11 @@ REFUSED_FIELDS: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
     "modalities": (["text"],),
     "web_search_options": (),
-    "preset": ("",),
-    "typical_p": (1,),
-    "tfs": (1,),
-    "top_a": (0,),
-    "top_n_sigma": (0,),
-    "epsilon_cutoff": (0,),
-    "eta_cutoff": (0,),
-    "dynamic_temperature": (False,),
-    "temperature_last": (False,),
-    "smoothing_factor": (0,),
-    "sampler_priority": ([], ""),
-    "mirostat_mode": (0,),
-    "adaptive_target": (0,),
-    "dry_multiplier": (0,),
-    "xtc_probability": (0,),
-    "encoder_repetition_penalty": (1,),
-    "no_repeat_ngram_size": (0,),
     "guidance_scale": (1,),
     "negative_prompt": ("",),
     "penalty_alpha": (0,),
     "num_beams": (1,),
-    "min_length": (0,),
-    "custom_token_bans": ("",),
     "grammar_string": ("",),
-    "truncation_length": (0,),
-    "max_tokens_second": (0,),
-    "auto_max_new_tokens": (False,),
-    "add_bos_token": (True,),
 }
 
 
@@ -123,6 +105,55 @@ def _to_stop_strings(value: Any) -> list[Any]:
     return strings
 
 
+def _to_dry_breakers(value: Any) -> Any:
+    """A list, or such a list as JSON in a string, with or without its brackets."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    try:
+        return json.loads(text if text.startswith("[") else f"[{text}]")
+    except (ValueError, RecursionError):
+        message = "Input should be a list of strings, or quoted strings with commas between them"
+        raise PydanticCustomError("breakers", message) from None
+
+
+def _to_sampler_names(value: Any) -> Any:
+    """A list, or such a list as JSON in a string, or names with commas or lines between them."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return [name.strip() for name in re.split(r"[,\n]", value) if name.strip()]
+
+
+def _require_each_once(names: tuple[str, ...]) -> tuple[str, ...]:
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise PydanticCustomError("repeated", "{name} is there twice", {"name": twice})
+    return names
+
+
+def _split_token_ids(value: Any) -> tuple[int, ...]:
+    """ "1, 2" → (1, 2)"""
+    if not isinstance(value, str):
+        raise PydanticCustomError("string_type", "Input should be a string")
+    return tuple(_to_token_id(part.strip()) for part in value.split(",") if part.strip())
+
+
+def _to_token_id(text: str) -> int:
+    if not _TOKEN_ID.fullmatch(text):
+        message = "Token ids should be whole numbers, not {text}"
+        raise PydanticCustomError("token_id", message, {"text": repr(text[:20])})
+    return int(text)
+
+
+def _require_token_ids(biases: dict[str, float]) -> dict[str, float]:
+    for text in biases:
+        _to_token_id(text)
+    return biases
+
+
 def _is_token_ids(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int for item in value)
 
@@ -132,6 +163,14 @@ def _to_token_ids(value: list[int]) -> tuple[int, ...]:
     if any(abs(item) > MAX_INT for item in value):
         raise PydanticCustomError("token_id", "A token id is out of every model's range")
     return tuple(value)
+
+
+def _to_prompt(value: Any) -> str | tuple[int, ...]:
+    if isinstance(value, str):
+        return value
+    if _is_token_ids(value):
+        return _to_token_ids(value)
+    raise PydanticCustomError("prompt_type", "Input should be a string or a list of token ids")
 
 
 def _to_prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
@@ -151,12 +190,45 @@ def _to_prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
     )
 
 
+# Decimal, and written in one way only.
+_TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
+
+# As the engine's SamplerStep, which this layer does not know.
+SamplerName = Literal[
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "dry",
+    "top_n_sigma",
+    "temperature",
+    "dynamic_temperature",
+    "quadratic_sampling",
+    "top_k",
+    "top_p",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "tfs",
+    "top_a",
+    "min_p",
+    "adaptive_p",
+    "mirostat",
+    "xtc",
+    "encoder_repetition_penalty",
+    "no_repeat_ngram",
+]
+
 Integer = Annotated[int, BeforeValidator(_to_int)]
 # The range comes first: around a validator, or in a union, it would be missing on /docs.
 Count = Annotated[int, Field(ge=0, le=MAX_INT), BeforeValidator(_to_int)]
+NumBeams = Annotated[int, Field(ge=1, le=MAX_NUM_BEAMS), BeforeValidator(_to_int)]
 NumChoices = Annotated[int, Field(ge=1, le=MAX_CHOICES_PER_PROMPT), BeforeValidator(_to_int)]
+NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS), BeforeValidator(_to_int)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Amount = Annotated[float, Field(ge=0, le=MAX_MAGNITUDE)]
+Factor = Annotated[float, Field(ge=1 / MAX_MAGNITUDE, le=MAX_MAGNITUDE)]
 Penalty = Annotated[float, Field(ge=-MAX_MAGNITUDE, le=MAX_MAGNITUDE)]
+TenThousandths = Annotated[float, Field(ge=0, le=10_000)]
 StopString = Annotated[str, Field(max_length=MAX_STOP_CHARS)]
 StopStrings = Annotated[
     list[str],
@@ -165,6 +237,28 @@ StopStrings = Annotated[
         json_schema_input_type=StopString
         | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)],
     ),
+]
+DryBreakerList = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=MAX_DRY_BREAKER_CHARS)]],
+    Field(max_length=MAX_DRY_BREAKERS),
+]
+DryBreakers = Annotated[
+    DryBreakerList,
+    BeforeValidator(_to_dry_breakers, json_schema_input_type=str | DryBreakerList),
+]
+SamplerNames = Annotated[
+    list[SamplerName],
+    AfterValidator(_require_each_once),
+    BeforeValidator(_to_sampler_names, json_schema_input_type=str | list[SamplerName]),
+]
+TokenIdList = Annotated[
+    tuple[int, ...], PlainValidator(_split_token_ids, json_schema_input_type=str)
+]
+Biases = Annotated[
+    dict[str, Annotated[float, Field(ge=-100, le=100)]], AfterValidator(_require_token_ids)
+]
+Prompt = Annotated[
+    str | tuple[int, ...], PlainValidator(_to_prompt, json_schema_input_type=str | list[int])
 ]
 Prompts = Annotated[
     tuple[str | tuple[int, ...], ...],
@@ -193,7 +287,188 @@ class StreamOptions(WireModel):
     )
 
 
-class GenerationOptions(WireModel):
+class SamplingOptions(WireModel):
+    """How tokens are chosen: what a preset may say too."""
+
+    do_sample: bool = Field(
+        default=True,
+        description="false: always take the most probable token, as with temperature 0.",
+    )
+    temperature: Amount = Field(
+        default=1.0, description="Higher is more random; 0 always takes the most probable token."
+    )
+    dynamic_temperature: bool = Field(
+        default=False,
+        description="Let the temperature follow the entropy, from `dynatemp_low` where the model "
+        "is sure to `dynatemp_high` where all tokens are alike. `temperature` is not used then, "
+        "except that 0 is greedy.",
+    )
+    dynatemp_low: Amount = Field(
+        default=1.0, description="The temperature of no entropy, with `dynamic_temperature`."
+    )
+    dynatemp_high: Amount = Field(
+        default=1.0, description="The temperature of the most entropy, with `dynamic_temperature`."
+    )
+    dynatemp_exponent: Amount = Field(
+        default=1.0,
+        description="The power to which the share of the most entropy is raised, with "
+        "`dynamic_temperature`.",
+    )
+    temperature_last: bool = Field(
+        default=False,
+        description="Apply temperature, dynamic temperature and smoothing after all other steps.",
+    )
+    smoothing_factor: Amount = Field(
+        default=0.0,
+        description="Bend logits down by this factor times the square of their distance from the "
+        "highest one. 0: off.",
+    )
+    smoothing_curve: Annotated[float, Field(ge=1, le=MAX_MAGNITUDE)] = Field(
+        default=1.0, description="The share of the cube in `smoothing_factor`. 1: none."
+    )
+    top_p: Fraction = Field(
+        default=1.0,
+        description="Keep the most probable tokens that together reach this probability.",
+    )
+    top_k: Annotated[int, Field(ge=-1, le=MAX_INT), BeforeValidator(_to_int)] = Field(
+        default=0, description="Keep this many of the most probable tokens. 0 or -1: all."
+    )
+    min_p: Fraction = Field(
+        default=0.0,
+        description="Drop tokens less probable than this share of the most probable one.",
+    )
+    typical_p: Fraction = Field(
+        default=1.0,
+        description="Keep the tokens whose surprise is nearest to the expected one, until they "
+        "reach this probability. 1: off.",
+    )
+    tfs: Fraction = Field(
+        default=1.0,
+        description="Tail-free sampling: cut where the curve of sorted probabilities has used up "
+        "this share of its bends. 1: off.",
+    )
+    top_a: Fraction = Field(
+        default=0.0,
+        description="Drop tokens less probable than this times the square of the highest "
+        "probability. 0: off.",
+    )
+    epsilon_cutoff: TenThousandths = Field(
+        default=0.0,
+        description="Drop tokens less probable than this, in units of 1e-4. 0: off.",
+    )
+    eta_cutoff: TenThousandths = Field(
+        default=0.0,
+        description="Drop tokens less probable than this, in units of 1e-4, or than a limit that "
+        "falls with the entropy, whichever is lower. 0: off.",
+    )
+    top_n_sigma: Amount = Field(
+        default=0.0,
+        description="Keep logits at most this many standard deviations below the highest. 0: off.",
+    )
+    xtc_threshold: Fraction = Field(
+        default=0.1,
+        description="XTC: of the tokens at least this probable, only the least probable stays.",
+    )
+    xtc_probability: Fraction = Field(
+        default=0.0,
+        description="How often XTC is applied, except where it would rule out the end of a line "
+        "or of the text. 0: off.",
+    )
+    adaptive_target: Fraction = Field(
+        default=0.0,
+        description="Adaptive-p: prefer tokens of about this probability, so that it is the "
+        "average. 0: off.",
+    )
+    adaptive_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.9,
+        description="How slowly adaptive-p forgets the probabilities of earlier tokens.",
+    )
+    mirostat_mode: Annotated[int, Field(ge=0, le=2), BeforeValidator(_to_int)] = Field(
+        default=0, description="Hold the surprise per token by Mirostat 1 or 2. 0: off."
+    )
+    mirostat_tau: Amount = Field(
+        default=5.0, description="The surprise that Mirostat aims at, in bits per token."
+    )
+    mirostat_eta: Fraction = Field(default=0.1, description="How fast Mirostat learns.")
+    repetition_penalty: Factor = Field(
+        default=1.0,
+        description="Divides positive logits of tokens of prompt and reply, and multiplies "
+        "negative ones. 1: off.",
+    )
+    repetition_penalty_range: Count = Field(
+        default=1024,
+        description="How many of the last tokens `repetition_penalty` and DRY look at. 0: all.",
+    )
+    presence_penalty: Penalty = Field(
+        default=0.0,
+        description="Subtracted once from the logit of each token that was generated before.",
+    )
+    frequency_penalty: Penalty = Field(
+        default=0.0,
+        description="Subtracted from the logit of a token for each time that it was generated.",
+    )
+    encoder_repetition_penalty: Factor = Field(
+        default=1.0, description="Above 1, tokens of the prompt become more probable. 1: off."
+    )
+    no_repeat_ngram_size: Count = Field(
+        default=0, description="No sequence of so many tokens is written twice. 0: off."
+    )
+    dry_multiplier: Amount = Field(
+        default=0.0,
+        description="DRY: subtract this times `dry_base` to the power of how much longer than "
+        "`dry_allowed_length` a repetition would become. 0: off.",
+    )
+    dry_base: Annotated[float, Field(ge=1, le=MAX_MAGNITUDE)] = Field(
+        default=1.75, description="How fast DRY's penalty grows with the repetition."
+    )
+    dry_allowed_length: Count = Field(
+        default=2, description="The longest repetition, in tokens, that DRY lets pass."
+    )
+    dry_sequence_breakers: DryBreakers = Field(
+        default=["\n", ":", '"', "*"],
+        description="Texts at which DRY's repetitions end: a list, or quoted strings with commas "
+        "between them.",
+    )
+    sampler_priority: SamplerNames = Field(
+        default_factory=list,
+        description="Names of steps in the order in which to take them: a list, or names with "
+        "commas or line breaks between them. Steps that are not named come first, in the usual "
+        "order.",
+    )
+    min_length: Count = Field(
+        default=0, description="The reply does not end before prompt and reply have so many tokens."
+    )
+    guidance_scale: Penalty = Field(
+        default=1.0,
+        description="Classifier-free guidance: how far to go from what follows `negative_prompt` "
+        "to what follows the prompt, and beyond. 1: off.",
+    )
+    penalty_alpha: Fraction = Field(
+        default=0.0,
+        description="Contrastive search: the weight of being unlike what was said before. It "
+        "needs `do_sample: false` and `top_k` above 1. 0: off.",
+    )
+    num_beams: NumBeams = Field(
+        default=1, description="How many replies beam search pursues at a time. 1: off."
+    )
+    length_penalty: Penalty = Field(
+        default=1.0, description="Above 0, beam search prefers longer replies; below, shorter."
+    )
+    early_stopping: bool = Field(
+        default=False, description="End beam search with the first `num_beams` complete replies."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_is_not_implemented(cls, data: Any) -> Any:
+        for name, neutral_values in REFUSED_FIELDS.items():
+            value = data.get(name) if isinstance(data, dict) else None
+            if value is not None and not _is_neutral(value, neutral_values):
+                _refuse(name, "This field is not supported yet; leave it out", value)
+        return data
+
+
+class GenerationOptions(SamplingOptions):
     """What completions and chat completions have in common.
 
     Unknown fields are ignored, and null means the default.
@@ -209,12 +484,31 @@ class GenerationOptions(WireModel):
     stream_options: StreamOptions = Field(
         default_factory=StreamOptions, description="Options that only matter with `stream`."
     )
+    preset: str = Field(
+        default="",
+        description="Name of a file in presets, without `.yaml`: it fills what is left out here.",
+    )
     n: NumChoices = Field(default=1, description="How many choices to generate per prompt.")
     max_tokens: Count | None = Field(
         default=None, description="Most tokens to generate. null: until the context is full."
     )
     max_completion_tokens: Count | None = Field(
         default=None, description="OpenAI's newer name of `max_tokens`; wins over it."
+    )
+    auto_max_new_tokens: bool = Field(
+        default=False, description="Instead of `max_tokens`: until the context is full."
+    )
+    truncation_length: Count = Field(
+        default=0,
+        description="Most tokens of prompt and reply together. Of a prompt that does not leave "
+        "`max_tokens` of them (512, if that is not given), the last tokens are kept. 0: the "
+        "model's context, and prompts that are too long are refused.",
+    )
+    max_tokens_second: Count = Field(
+        default=0, description="Stream at most so many tokens per second. 0: no limit."
+    )
+    min_tokens: Count = Field(
+        default=0, description="The reply does not end before it has so many tokens."
     )
     stop: StopStrings = Field(
         default_factory=list,
@@ -225,53 +519,27 @@ class GenerationOptions(WireModel):
         max_length=MAX_STOP_TOKEN_IDS,
         description="Token ids at which to stop, beside the model's own end-of-sequence tokens.",
     )
-    temperature: float = Field(
-        default=1.0,
-        ge=0,
-        le=MAX_MAGNITUDE,
-        description="Higher is more random; 0 always takes the most probable token.",
+    ban_eos_token: bool = Field(
+        default=False, description="Never generate an end-of-sequence token."
     )
-    top_p: Fraction = Field(
-        default=1.0,
-        description="Keep the most probable tokens that together reach this probability.",
+    ignore_eos: bool = Field(
+        default=False, description="Generate end-of-sequence tokens, and go on after them."
     )
-    top_k: Integer = Field(
-        default=0,
-        ge=-1,
-        le=MAX_INT,
-        description="Keep this many of the most probable tokens. 0 or -1: all.",
+    logit_bias: Biases = Field(
+        default_factory=dict,
+        description="Token ids of the model, as strings, and what to add to their logits. -100 "
+        "bans a token; with 100, only tokens that have 100 can be generated.",
     )
-    min_p: Fraction = Field(
-        default=0.0,
-        description="Drop tokens less probable than this share of the most probable one.",
+    custom_token_bans: TokenIdList = Field(
+        default=(), description='Token ids that are never generated, as in "1, 2".'
     )
-    presence_penalty: Penalty = Field(
-        default=0.0,
-        description="Subtracted once from the logit of each token that already occurred.",
+    allowed_token_ids: Annotated[list[Count], Field(min_length=1)] | None = Field(
+        default=None, description="No other token ids are generated. null: all may be."
     )
-    frequency_penalty: Penalty = Field(
-        default=0.0,
-        description="Subtracted from the logit of a token for each time that it occurred.",
-    )
-    repetition_penalty: float = Field(
-        default=1.0,
-        ge=1 / MAX_MAGNITUDE,
-        le=MAX_MAGNITUDE,
-        description="Divides positive logits of repeated tokens and multiplies negative ones. "
-        "1: off.",
-    )
-    repetition_penalty_range: Count = Field(
-        default=1024,
-        description="How many of the last tokens `repetition_penalty` looks at. 0: all.",
-    )
-    prompt_lookup_num_tokens: Count = Field(
-        default=0,
-        description="Guess up to this many tokens at a time from what has been said before. It "
-        "changes no answer, and is faster where answers repeat their prompts. 0: off.",
-    )
-    do_sample: bool = Field(
-        default=True,
-        description="false: always take the most probable token, as with temperature 0.",
+    negative_prompt: str = Field(
+        default="",
+        description="What to stay away from, with `guidance_scale`. Empty: the prompt's last "
+        "token.",
     )
     seed: Integer = Field(
         default=-1,
@@ -279,23 +547,19 @@ class GenerationOptions(WireModel):
         lt=2**63,
         description="The same seed gives the same answer. -1: a random one.",
     )
-    ban_eos_token: bool = Field(
-        default=False, description="Go on when the model wants to end, up to `max_tokens`."
+    prompt_lookup_num_tokens: Count = Field(
+        default=0,
+        description="Guess up to this many tokens at a time from what has been said before. It "
+        "changes no answer, and is faster where answers repeat their prompts. 0: off.",
     )
-    ignore_eos: bool = Field(default=False, description="Another name of `ban_eos_token`.")
+    add_bos_token: bool = Field(
+        default=True,
+        description="false: leave out the beginning-of-sequence tokens that a text begins with.",
+    )
     skip_special_tokens: bool = Field(
         default=True, description="Leave special tokens such as `<|im_end|>` out of the text."
     )
     user: str | None = Field(default=None, description="Accepted and not used.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_what_is_not_implemented(cls, data: Any) -> Any:
-        for name, neutral_values in REFUSED_FIELDS.items():
-            value = data.get(name) if isinstance(data, dict) else None
-            if value is not None and not _is_neutral(value, neutral_values):
-                _refuse(name, "This field is not supported yet; leave it out", value)
-        return data
 
 
 class CompletionRequest(GenerationOptions):
@@ -308,6 +572,21 @@ class CompletionRequest(GenerationOptions):
     )
     max_tokens: Count = Field(default=16, description="Most tokens to generate.")
     echo: bool = Field(default=False, description="Begin each choice with its prompt.")
+    logprobs: NumLogprobs | None = Field(
+        default=None,
+        description="Show the log-probability of each token, and of so many of the likeliest ones "
+        "in its place. With `echo`, of the prompt's tokens too. null: of none.",
+    )
+    suffix: str = Field(
+        default="",
+        description="What comes after the text that is asked for, with models that have learnt to "
+        "fill in the middle. It is not part of the answer.",
+    )
+    token_healing: bool = Field(
+        default=False,
+        description="For prompts that may end inside a word: the last token is read as the "
+        "beginning of the next one.",
+    )
     best_of: NumChoices | None = Field(
         default=None,
         description="Generate this many candidates per prompt and return the `n` whose tokens are "
@@ -395,8 +674,37 @@ class ChatCompletionRequest(GenerationOptions):
     continue_: bool = Field(
         default=False, description="Go on with the last message, which is the assistant's."
     )
+    logprobs: bool = Field(
+        default=False, description="Show the log-probability of each token of the reply."
+    )
+    top_logprobs: NumLogprobs = Field(
+        default=0,
+        description="With `logprobs`: of so many of the likeliest tokens in its place, too.",
+    )
     add_generation_prompt: bool = Field(
         default=True, description="Open the assistant's turn at the end of the prompt."
+    )
+
+    @model_validator(mode="after")
+    def _check_logprobs(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            _refuse("top_logprobs", "This field needs logprobs to be true", self.top_logprobs)
+        return self
+
+
+class LogitsRequest(GenerationOptions):
+    """Ask for the likeliest next tokens. Unknown fields are ignored, and null means the default."""
+
+    model_config = _example({"prompt": "The best thing about", "top_logits": 5})
+
+    prompt: Prompt = Field(description="A text, or token ids.")
+    use_samplers: bool = Field(
+        default=False,
+        description="true: as the parameters of this request change the probabilities. false: as "
+        "the model says, whatever they are.",
+    )
+    top_logits: Annotated[int, Field(ge=1, le=MAX_INT), BeforeValidator(_to_int)] = Field(
+        default=50, description="How many tokens to return, at most the whole vocabulary."
     )
 
 
@@ -439,10 +747,25 @@ class AssistantMessage(BaseModel):
     refusal: None
 
 
+class TokenLogprob(BaseModel):
+    token: str
+    logprob: float = Field(description="-9999 for what is impossible.")
+    bytes: list[int] = Field(description="UTF-8; of a part of a character for some tokens.")
+
+
+class ListedToken(TokenLogprob):
+    top_logprobs: list[TokenLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[ListedToken]
+    refusal: None
+
+
 class ChatChoice(BaseModel):
     index: int
     message: AssistantMessage
-    logprobs: None
+    logprobs: ChatLogprobs | None
     finish_reason: FinishReason
 
 
@@ -455,10 +778,19 @@ class ChatCompletion(BaseModel):
     usage: Usage
 
 
+class TextLogprobs(BaseModel):
+    tokens: list[str]
+    token_logprobs: list[float | None] = Field(
+        description="null for the first token of a prompt; -9999 for what is impossible."
+    )
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int] = Field(description="In characters of the choice's text.")
+
+
 class TextChoice(BaseModel):
     text: str
     index: int
-    logprobs: None
+    logprobs: TextLogprobs | None
     finish_reason: FinishReason
 
 
@@ -483,6 +815,90 @@ class ModelList(BaseModel):
     data: list[Model]
 
 
+class NextTokens(RootModel[dict[str, float]]):
+    """Tokens as the model's files spell them, and their probabilities; the likeliest first."""
+
+
 class Health(BaseModel):
     status: Literal["ok"]
     model: str | None = Field(description="Name of the loaded model.")
+
+
+# Tokens
+
+
+TokenIds = Annotated[list[Count], Field(description="Token ids of the model's own.")]
+Length = Annotated[int, Field(description="The number of tokens.")]
+
+
+class EncodeRequest(WireModel):
+    model_config = _example({"text": "Hello!"})
+
+    text: str = Field(description="What to cut into tokens, special ones added.")
+
+
+class EncodedText(BaseModel):
+    tokens: TokenIds
+    length: Length
+
+
+class TokenCount(BaseModel):
+    length: Length
+
+
+class DecodeRequest(WireModel):
+    model_config = _example({"tokens": [19556, 17]})
+
+    tokens: TokenIds
+
+
+class DecodedText(BaseModel):
+    text: str = Field(description="Without special tokens.")
+
+
+class ChatPrompt(BaseModel):
+    prompt: str = Field(description="What the model would read.")
+    length: Length
+
+
+class TokenizeRequest(WireModel):
+    """Either `prompt` or `messages`."""
+
+    model_config = _example({"prompt": "Hello!"})
+
+    prompt: str | None = Field(default=None, description="What to cut into tokens.")
+    messages: list[Message] | None = Field(default=None, description="A conversation instead.")
+    add_special_tokens: bool | None = Field(
+        default=None,
+        description="Add those that the tokenizer adds. null: with `prompt`, and where the "
+        "template does not spell them out.",
+    )
+    add_generation_prompt: bool = Field(
+        default=True, description="Open the assistant's turn after `messages`."
+    )
+    return_token_strs: bool = Field(default=False, description="Answer with `token_strs` too.")
+
+    @model_validator(mode="after")
+    def _check_that_there_is_one(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            _refuse("prompt", "There should be either a prompt or messages", None)
+        return self
+
+
+class TokenizedText(BaseModel):
+    count: Length
+    max_model_len: int = Field(description="Most tokens of prompt and reply together.")
+    tokens: TokenIds
+    token_strs: list[str] | None = Field(description="As the tokenizer's files spell them.")
+
+
+class DetokenizeRequest(DecodeRequest):
+    pass
+
+
+class DetokenizedText(BaseModel):
+    prompt: str = Field(description="With special tokens.")
+
+
+class PresetList(BaseModel):
+    preset_names: list[str]

@@ -32,7 +32,7 @@ class UsageCounter:
         )
 
     def _read(self, delta: TextDelta) -> None:
-        self._num_completion_tokens += len(delta.outputs)
+        self._num_completion_tokens += sum(not output.is_prompt for output in delta.outputs)
         for output in delta.outputs:
             cached = self._num_cached_tokens
             cached[delta.index] = max(cached[delta.index], output.num_cached_tokens)

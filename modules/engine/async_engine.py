@@ -107,6 +107,11 @@ class AsyncEngine:
             stream.inbox.put_nowait([])  # whoever waits for more must look again
             self._commands.put(_Abort(request_id))
 
+    def abort_all(self) -> None:
+        """End every sequence of every `generate`."""
+        for request_id in tuple(self._streams):
+            self.abort(request_id)
+
     def stop(self) -> None:
         """End the thread; what is still running fails with GenerationAbortedError."""
         self._commands.put(_Stop())

@@ -64,9 +64,12 @@ class CacheManager:
         return len(self._retained)
 
     def find_prefix(self, seq: Sequence) -> Prefix:
-        """The blocks that a waiting sequence can begin with. At least its last token is left."""
+        """The blocks that a waiting sequence can begin with. At least its last token is left, and
+        all of them are where the prompt is to be scored: that takes what the model says after each.
+        """
         blocks: list[int] = []
-        for index in range((len(seq.token_ids) - 1) // self.block_size):
+        num_reusable = (len(seq.token_ids) - 1) // self.block_size if seq.is_scored else 0
+        for index in range(num_reusable):
             content = self._content(seq, index, blocks)
             block = self._blocks.get(content)
             if block is None:

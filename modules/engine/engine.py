@@ -90,8 +90,7 @@ class Engine:
 
     def execute(self, batch: ScheduledBatch) -> list[TokenOutput]:
         """Run a batch. If that raises, nothing is recorded: it may be tried again, or in parts."""
-        sampled = self.runner.run(batch)
-        outputs = self.scheduler.update(batch, sampled)
+        outputs = self.scheduler.update(batch, self.runner.run(batch))
         for output in outputs:
             if output.finish_reason is not None:
                 del self._sequences[output.request_id]

@@ -16,11 +16,21 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from modules.engine.engine import EngineConfig
 from modules.engine.guidance import apply_guidance
+from modules.engine.logprobs import Logprobs, compute_logprobs
 from modules.engine.model_runner import NUM_THREADS
 from modules.engine.outputs import FinishReason, TokenOutput
 from modules.engine.sampler import sample
-from modules.engine.scheduler import ScheduledBatch, ScheduledSequence, build_output
+from modules.engine.scheduler import (
+    SampledToken,
+    ScheduledBatch,
+    ScheduledSequence,
+    build_output,
+    report_prompt,
+)
 from modules.engine.sequence import Sequence, SequenceRequest
+
+# Of a prompt's logits, as many are turned into float32 at a time.
+NUM_SCORED_ROWS = 256
 
 
 class GenerateEngine:
@@ -49,6 +59,8 @@ class GenerateEngine:
 
     def add(self, request: SequenceRequest) -> None:
         """Queue a generation. The prompt must have a token, and be shorter than `max_model_len`.
+
+        `prompt_logprobs` is not for an encoder-decoder: it gives no probabilities to its prompt.
 
         Raises ValueError if the id is that of a generation that has not ended.
         """
@@ -84,14 +96,27 @@ class GenerateEngine:
         """Run a batch. If that raises, nothing is recorded: it may be tried again."""
         if self._model.device.type == "cpu":
             torch.set_num_threads(NUM_THREADS)
-        return [self._execute(item.seq) for item in batch.items]
+        return [output for item in batch.items for output in self._execute(item.seq)]
 
     def fail(self, request_id: str) -> TokenOutput:
         """End a generation that cannot go on; the output that says so."""
         self.abort(request_id)
         return TokenOutput(request_id, token_id=0, finish_reason=FinishReason.ERROR)
 
-    def _execute(self, seq: Sequence) -> TokenOutput:
+    def _execute(self, seq: Sequence) -> list[TokenOutput]:
+        scores = [] if seq.is_scored else self._score_prompt(seq)
+        if seq.only_scores:
+            self.abort(seq.request_id)
+            return report_prompt(seq, scores)
+        token = self._sample(seq)
+        prompt = report_prompt(seq, scores)
+        seq.append(token.token_id, token.sampler_state)
+        reason = seq.find_finish_reason()
+        if reason is not None:
+            self.abort(seq.request_id)
+        return [*prompt, build_output(seq, token, reason)]
+
+    def _sample(self, seq: Sequence) -> SampledToken:
         # It is put back only after a success: otherwise the cache may be in any state.
         decoding = self._decoding.pop(seq.request_id, None) or [*map(self._start, seq.unit)]
         logits, *negative = [next(member) for member in decoding]
@@ -101,11 +126,21 @@ class GenerateEngine:
         (token,) = sample(logits, [seq])
         self._decoding[seq.request_id] = decoding
         seq.num_computed_tokens = len(seq.token_ids)
-        seq.append(token.token_id, token.sampler_state)
-        reason = seq.find_finish_reason()
-        if reason is not None:
-            self.abort(seq.request_id)
-        return build_output(seq, token, reason)
+        return token
+
+    def _score_prompt(self, seq: Sequence) -> list[Logprobs]:
+        """Of every token but the first, read once more for that: `generate` has no use for them."""
+        prompt = seq.token_ids[: seq.num_prompt_tokens]
+        _reset_rotary_modules(self._model)
+        ids = torch.tensor([prompt], device=self._model.device)
+        logits = self._model(ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
+        scores: list[Logprobs] = []
+        for start in range(0, len(prompt) - 1, NUM_SCORED_ROWS):
+            targets = prompt[start + 1 :][:NUM_SCORED_ROWS]
+            rows = logits[start : start + len(targets)].float()
+            num_tops = [seq.params.num_logprobs or 0] * len(targets)
+            scores += compute_logprobs(rows, targets, num_tops)
+        return scores
 
     def _start(self, seq: Sequence) -> Iterator[Tensor]:
         """Logits of each next token, [1, vocab_size], float32, as `seq` grows.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -21,10 +22,14 @@ class Logprobs:
 def compute_logprobs(logits: Tensor, token_ids: list[int], num_tops: list[int]) -> list[Logprobs]:
     """For each row of `logits` [num_rows, vocab_size] the log-probability of its token, and so many
     of the likeliest ones. Minus infinity for what is impossible.
+
+    Raises FloatingPointError when a row has no probabilities, since it holds what is no number.
     """
     logprobs = logits.log_softmax(-1)
     ids = upload(token_ids, logits.device, torch.long)
     chosen = logprobs.gather(-1, ids[:, None])[:, 0].tolist()
+    if any(map(math.isnan, chosen)):
+        raise FloatingPointError("logits are not finite")
     num_most = min(max(num_tops), logits.shape[-1])
     top_logprobs, top_ids = (part.tolist() for part in logprobs.topk(num_most))
     return [

@@ -1,4 +1,6 @@
-"""ModelRunner: the only place where token ids become tensors. Batch in, sampled tokens out."""
+"""ModelRunner: the only place where token ids become tensors. Batch in, sampled tokens and
+scores of prompts out.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,9 @@ from modules.engine.cpu_attention import CpuAttention
 from modules.engine.cuda_attention import PAGE_SIZE, VarlenAttention, find_kernel
 from modules.engine.cuda_graphs import DecodeGraphs, make_cuda_graphs
 from modules.engine.guidance import guide
+from modules.engine.logprobs import Logprobs, compute_logprobs
 from modules.engine.sampler import sample
-from modules.engine.scheduler import SampledToken, ScheduledBatch, ScheduledSequence
+from modules.engine.scheduler import SampledToken, ScheduledBatch, ScheduledSequence, StepResult
 from modules.engine.torch_attention import TorchAttention
 from modules.engine.transfer import upload
 
@@ -89,34 +92,37 @@ class ModelRunner:
             )
 
     @torch.inference_mode()
-    def run(self, batch: ScheduledBatch) -> list[list[SampledToken]]:
-        """Read the batch's tokens; for each of `batch.sampled`, in order, the tokens of its draft
-        that were right and the next one.
-        """
+    def run(self, batch: ScheduledBatch) -> StepResult:
+        """Read the batch's tokens, choose the next ones, and score those of prompts."""
         if self._device.type == "cpu":
             torch.set_num_threads(NUM_THREADS)
             most: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
             numba.set_num_threads(min(NUM_THREADS, most))
         logits = self.forward(batch)
-        if not batch.sampled:
-            return []
-        return _sample_along(guide(logits, batch.items), batch.sampled)
+        num_scored_rows = sum(len(item.scored) for item in batch.scored)
+        sampled, scored = logits.split([len(logits) - num_scored_rows, num_scored_rows])
+        return StepResult(
+            _sample_along(guide(sampled, batch.items), batch.sampled),
+            _score_prompts(scored, batch.scored),
+        )
 
     @property
     def num_kv_bytes_per_token(self) -> int:
         return self._attention.num_bytes_per_token
 
     def forward(self, batch: ScheduledBatch) -> Tensor:
-        """Logits after the last token of the sequences that are sampled and of their companions,
-        and after each token of their drafts: [num_rows, vocab_size], float32.
+        """Logits, [num_rows, vocab_size], float32: after the last token of the sequences that are
+        sampled and of their companions, and after each token of their drafts; then before each
+        token of a prompt that is scored.
         """
-        token_ids, positions, segments, last_rows = _pack(batch)
+        token_ids, positions, segments, rows = _pack(batch)
         logits = None
-        if self._graphs is not None and len(last_rows) == len(batch.items) == len(token_ids):
+        is_step_of_ones = len(batch.items) == len(token_ids) and rows == [*range(len(token_ids))]
+        if self._graphs is not None and is_step_of_ones:
             logits = self._graphs.run(token_ids, positions, segments)
         if logits is None:
             attention = self._attention.batch(segments)
-            logits = self._read(token_ids, positions, attention, last_rows)
+            logits = self._read(token_ids, positions, attention, rows)
         return logits.float()
 
     def _read(
@@ -124,16 +130,16 @@ class ModelRunner:
         token_ids: list[int],
         positions: list[int],
         attention: AttentionBatch,
-        last_rows: list[int],
+        rows: list[int],
     ) -> Tensor:
         ids, places = (upload([row], self._device) for row in (token_ids, positions))
         # Layers may be on several cards: an index on the host goes with any of them.
         is_spread = _num_devices(self._model) > 1
-        last = upload(last_rows, torch.device("cpu") if is_spread else self._device, torch.long)
-        selected = {"logits_to_keep": last} if self._can_select_logits else {}
+        kept = upload(rows, torch.device("cpu") if is_spread else self._device, torch.long)
+        selected = {"logits_to_keep": kept} if self._can_select_logits else {}
         with _TURN:
             logits = self._call(ids, places, attention, **selected)
-        return logits if self._can_select_logits else logits[last]
+        return logits if self._can_select_logits else logits[kept]
 
     def _read_rows(self, ids: Tensor, positions: Tensor, attention: AttentionBatch) -> Tensor:
         return self._call(ids[None], positions[None], attention)
@@ -160,22 +166,28 @@ def _num_devices(model: PreTrainedModel) -> int:
 def _pack(
     batch: ScheduledBatch,
 ) -> tuple[list[int], list[int], tuple[Segment, ...], list[int]]:
-    """All tokens in one row: ids, positions, segments, and the rows whose logits are sampled."""
+    """All tokens in one row: ids, positions, segments, and the places in it whose logits are
+    wanted, those to sample from first.
+    """
     token_ids: list[int] = []
     positions: list[int] = []
     segments = []
-    last_rows: list[int] = []
+    sampled_rows: list[int] = []
+    scored_rows: list[int] = []
     for item in batch.items:
         # Attended to as if alone, each of them, a draft's tokens are rounded as in steps of one.
         end = item.end + len(item.draft)
         for start, stop in pairwise((item.start, *range(item.end, end + 1))):
             offset = len(token_ids) + start - item.start
             segments.append(Segment(item.block_table, offset, start, stop))
+        first_row = len(token_ids)
         token_ids += [*item.seq.token_ids[item.start : item.end], *item.draft]
         positions += range(item.start, end)
         if item.is_last_chunk:
-            last_rows += range(len(token_ids) - 1 - len(item.draft), len(token_ids))
-    return token_ids, positions, tuple(segments), last_rows
+            sampled_rows += range(len(token_ids) - 1 - len(item.draft), len(token_ids))
+        # What follows a token is said by its own row.
+        scored_rows += [first_row + place - 1 - item.start for place in item.scored]
+    return token_ids, positions, tuple(segments), sampled_rows + scored_rows
 
 
 def _sample_along(logits: Tensor, items: tuple[ScheduledSequence, ...]) -> list[list[SampledToken]]:
@@ -199,6 +211,19 @@ def _sample_along(logits: Tensor, items: tuple[ScheduledSequence, ...]) -> list[
             token = tokens[i][-1]
             seqs[i].append(token.token_id, token.sampler_state)
     return tokens
+
+
+def _score_prompts(logits: Tensor, items: tuple[ScheduledSequence, ...]) -> list[list[Logprobs]]:
+    """Of the tokens that `items` score, one row of `logits` each."""
+    counts = [len(item.scored) for item in items]
+    return [
+        compute_logprobs(
+            rows,
+            [item.seq.token_ids[place] for place in item.scored],
+            [item.seq.params.num_logprobs or 0] * len(item.scored),
+        )
+        for rows, item in zip(logits.split(counts), items, strict=True)
+    ]
 
 
 def _is_foreseen(tokens: list[SampledToken], draft: tuple[int, ...]) -> bool:

@@ -16,7 +16,7 @@ to be right are a sequence's next tokens, and one more.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from modules.engine.cache_manager import CacheManager
 from modules.engine.logprobs import Logprobs
@@ -45,6 +45,15 @@ class ScheduledSequence:
     def num_tokens(self) -> int:
         return self.end - self.start + len(self.draft)
 
+    @property
+    def scored(self) -> range:
+        """Places of the prompt's tokens whose probabilities are known after this step: each of
+        them comes after a token that is read, and none has been reported before.
+        """
+        seq = self.seq
+        first = max(self.start + 1, seq.num_scored_tokens)
+        return range(first, max(first, min(self.end + 1, seq.num_prompt_tokens)))
+
 
 @dataclass(frozen=True, slots=True)
 class ScheduledBatch:
@@ -54,6 +63,11 @@ class ScheduledBatch:
     def sampled(self) -> tuple[ScheduledSequence, ...]:
         """The items that get a new token, in order. A companion gets that of its sequence."""
         return tuple(item for item in self.items if item.is_last_chunk and item.seq.primary is None)
+
+    @property
+    def scored(self) -> tuple[ScheduledSequence, ...]:
+        """The items with tokens of a prompt to score, in order."""
+        return tuple(item for item in self.items if item.scored)
 
     @property
     def units(self) -> tuple[ScheduledBatch, ...]:
@@ -72,7 +86,20 @@ class SampledToken:
     """What the sampler has learnt from it."""
 
 
-def build_output(seq: Sequence, token: SampledToken, reason: FinishReason | None) -> TokenOutput:
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What the model has made of a batch."""
+
+    sampled: list[list[SampledToken]]
+    """For each of `batch.sampled` the tokens of its draft that were right, and the one that comes
+    after them."""
+    scored: list[list[Logprobs]] = field(default_factory=list)
+    """For each of `batch.scored`, one per token."""
+
+
+def build_output(
+    seq: Sequence, token: SampledToken, reason: FinishReason | None, is_prompt: bool = False
+) -> TokenOutput:
     logprobs = token.logprobs
     return TokenOutput(
         seq.request_id,
@@ -81,7 +108,24 @@ def build_output(seq: Sequence, token: SampledToken, reason: FinishReason | None
         num_cached_tokens=seq.num_cached_tokens or 0,
         logprob=logprobs.logprob if logprobs else None,
         top_logprobs=logprobs.top if logprobs else (),
+        is_prompt=is_prompt,
     )
+
+
+def report_prompt(seq: Sequence, scores: list[Logprobs]) -> list[TokenOutput]:
+    """Report the next tokens of a prompt, once each; the first one has no probability.
+
+    The last token of a prompt that is only to be scored ends its sequence.
+    """
+    is_first = seq.num_scored_tokens == 0 and not seq.is_scored
+    known: list[Logprobs | None] = [None, *scores] if is_first else [*scores]
+    outputs = []
+    for logprobs in known:
+        token = SampledToken(seq.token_ids[seq.num_scored_tokens], logprobs)
+        seq.num_scored_tokens += 1
+        reason = FinishReason.LENGTH if seq.only_scores and seq.is_scored else None
+        outputs.append(build_output(seq, token, reason, is_prompt=True))
+    return outputs
 
 
 class Scheduler:
@@ -114,16 +158,13 @@ class Scheduler:
         items += self._admit(self._max_num_batched_tokens - sum(i.num_tokens for i in items))
         return ScheduledBatch(tuple(items))
 
-    def update(self, batch: ScheduledBatch, sampled: list[list[SampledToken]]) -> list[TokenOutput]:
-        """Record what a step did.
-
-        `sampled` holds for each of `batch.sampled` the tokens of its draft that were right, and
-        the one that comes after them.
-        """
-        tokens_of = dict(zip((id(item) for item in batch.sampled), sampled, strict=True))
+    def update(self, batch: ScheduledBatch, result: StepResult) -> list[TokenOutput]:
+        """Record what a step did."""
+        tokens_of = dict(zip(map(id, batch.sampled), result.sampled, strict=True))
+        scores_of = dict(zip(map(id, batch.scored), result.scored, strict=True))
         outputs: list[TokenOutput] = []
         for item in batch.items:
-            outputs += self._advance(item, tokens_of.get(id(item), []))
+            outputs += self._advance(item, tokens_of.get(id(item), []), scores_of.get(id(item), []))
         return outputs
 
     def finish(self, seq: Sequence, reason: FinishReason) -> None:
@@ -262,13 +303,16 @@ class Scheduler:
             seq.status = SequenceStatus.WAITING
         self.waiting.appendleft(unit[0])
 
-    def _advance(self, item: ScheduledSequence, tokens: list[SampledToken]) -> list[TokenOutput]:
+    def _advance(
+        self, item: ScheduledSequence, tokens: list[SampledToken], scores: list[Logprobs]
+    ) -> list[TokenOutput]:
         seq = item.seq
         outputs: list[TokenOutput] = []
         if seq.is_finished:  # with the sequence that it goes with
             return outputs
-        reason = None
-        for token in tokens:
+        prompt = report_prompt(seq, scores)
+        reason = prompt[-1].finish_reason if prompt else None
+        for token in tokens if reason is None else []:
             seq.append(token.token_id, token.sampler_state)
             reason = seq.find_finish_reason()
             outputs.append(build_output(seq, token, reason))
@@ -281,4 +325,4 @@ class Scheduler:
         self._cache.record(seq)
         if reason is not None:
             self.finish(seq, reason)
-        return outputs
+        return prompt + outputs

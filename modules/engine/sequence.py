@@ -59,6 +59,8 @@ class Sequence:
         self.num_computed_tokens = 0
         self.num_cached_tokens: int | None = None
         """Prompt tokens that were there when it was admitted first."""
+        self.num_scored_tokens = 0 if params.prompt_logprobs else self.num_prompt_tokens
+        """Prompt tokens that have been reported, or need not be."""
         self.block_table: list[int] = []
         room = max_model_len - request.num_longest_prompt_tokens
         self.max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
@@ -90,6 +92,15 @@ class Sequence:
         """What runs or waits together: a sequence, and its companion after it."""
         primary = self.primary or self
         return (primary, primary.companion) if primary.companion else (primary,)
+
+    @property
+    def only_scores(self) -> bool:
+        """It ends with its prompt."""
+        return self.params.prompt_logprobs and self.max_tokens == 0
+
+    @property
+    def is_scored(self) -> bool:
+        return self.num_scored_tokens == self.num_prompt_tokens
 
     def uniform(self, number: int = 0) -> float:
         """A random number in [0, 1) for the next token, the same however often it is tried."""

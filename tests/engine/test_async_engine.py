@@ -13,7 +13,7 @@ import pytest
 from modules.engine.async_engine import MAX_FAILED_STEPS, AsyncEngine
 from modules.engine.model_runner import ModelRunner
 from modules.engine.outputs import FinishReason
-from modules.engine.scheduler import ScheduledBatch
+from modules.engine.scheduler import ScheduledBatch, StepResult
 from modules.errors import EngineDeadError, GenerationAbortedError
 from tests.engine.conftest import request, run, token_ids
 
@@ -102,7 +102,7 @@ class Faulty:
         self.runner = runner
         self.request_ids = request_ids
 
-    def run(self, batch: ScheduledBatch) -> list:
+    def run(self, batch: ScheduledBatch) -> StepResult:
         if any(item.seq.request_id in self.request_ids for item in batch.items):
             raise ValueError("the secret prompt")
         return self.runner.run(batch)
@@ -172,3 +172,24 @@ async def test_stop_ends_what_is_running(make_engine) -> None:
     assert not any(
         thread.name == "inference" and thread is engine._thread for thread in threading.enumerate()
     )
+
+
+async def test_everything_can_be_ended_at_once(engine) -> None:
+    """Each caller keeps what it has, and others may come."""
+    began = asyncio.Event()
+
+    async def collect_until_ended(name: str) -> int:
+        num_steps = 0
+        async with aclosing(engine.generate([request(name, [5], ignore_eos=True)])) as steps:
+            async for _ in steps:
+                num_steps += 1
+                began.set()
+        return num_steps
+
+    callers = [asyncio.create_task(collect_until_ended(str(n))) for n in range(3)]
+    await asyncio.wait_for(began.wait(), 30)
+    engine.abort_all()
+    counts = await asyncio.wait_for(asyncio.gather(*callers), 30)
+    assert max(counts) >= 1
+    assert sum(counts) < 3 * 511, "the context was filled"
+    await until_idle(engine)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from modules.engine.cache_manager import CacheManager
 from modules.engine.outputs import FinishReason, TokenOutput
 from modules.engine.sampling_params import SamplingParams
-from modules.engine.scheduler import SampledToken, ScheduledBatch, Scheduler
+from modules.engine.scheduler import SampledToken, ScheduledBatch, Scheduler, StepResult
 from modules.engine.sequence import Sequence, SequenceRequest, SequenceStatus
 
 BLOCK_SIZE = 10
@@ -36,7 +36,9 @@ def add_tokens(
 
 def step(scheduler: Scheduler, token_id: int = 9) -> tuple[ScheduledBatch, list[TokenOutput]]:
     batch = scheduler.schedule()
-    return batch, scheduler.update(batch, [[SampledToken(token_id)]] * len(batch.sampled))
+    return batch, scheduler.update(
+        batch, StepResult([[SampledToken(token_id)]] * len(batch.sampled))
+    )
 
 
 def spans(batch: ScheduledBatch) -> dict[str, tuple[int, int]]:
@@ -269,7 +271,7 @@ def read_along(
     while num_right < len(item.draft) and item.draft[num_right] == expected[first + num_right]:
         num_right += 1
     tokens = [SampledToken(token_id) for token_id in expected[first : first + num_right + 1]]
-    outputs = scheduler.update(batch, [tokens])
+    outputs = scheduler.update(batch, StepResult([tokens]))
     scheduler._cache.check_integrity()
     return batch, outputs
 
@@ -332,7 +334,6 @@ def test_no_draft_takes_from_others() -> None:
     while scheduler.has_unfinished:
         batch = scheduler.schedule()
         assert sum(item.num_tokens for item in batch.items) <= 40
-        scheduler.update(
-            batch, [[SampledToken(9)] * (1 + len(item.draft)) for item in batch.sampled]
-        )
+        tokens = [[SampledToken(9)] * (1 + len(item.draft)) for item in batch.sampled]
+        scheduler.update(batch, StepResult(tokens))
         scheduler._cache.check_integrity()

@@ -8,8 +8,8 @@ from typing import Any
 import httpx
 import pytest
 
-from extensions.openai.typing import REFUSED_FIELDS
-from tests.fakes import FakeEngine
+from extensions.openai.typing import REFUSED_FIELDS, _is_neutral
+from tests.fakes import VOCAB_SIZE, FakeEngine
 from tests.openai.assertions import MESSAGES, assert_error_shape
 
 pytestmark = pytest.mark.anyio
@@ -30,7 +30,53 @@ BAD_VALUES = {
     "max_completion_tokens": [-1, True, 2**31],
     "seed": [1.5, "7", True, 2**63, -(2**63) - 1],
     "stop": [5, True, {"a": 1}, ["a"] * 65, "a" * 1001, ["a", "b" * 1001]],
-    "stop_token_ids": [5, "a", [1] * 1025],
+    "stop_token_ids": [5, "a", [1] * 1025, [VOCAB_SIZE]],
+    "min_tokens": [-1, 1.5, True, "1", 2**31],
+    "dynamic_temperature": [1, "true"],
+    "dynatemp_low": [-0.1, 1e9, 1e999, True, "1"],
+    "dynatemp_high": [-0.1, 1e9, 1e999, True],
+    "dynatemp_exponent": [-0.1, 1e9, 1e999, True],
+    "temperature_last": [1, "true"],
+    "smoothing_factor": [-0.1, 1e9, 1e999, True],
+    "smoothing_curve": [0.9, 1e9, 1e999, True],
+    "typical_p": [-0.1, 1.1, True, "x"],
+    "tfs": [-0.1, 1.1, True, 1e999],
+    "top_a": [-0.1, 1.1, True, 1e999],
+    "epsilon_cutoff": [-0.1, 10001, True, 1e999],
+    "eta_cutoff": [-0.1, 10001, True, 1e999],
+    "top_n_sigma": [-0.1, 1e9, True, 1e999],
+    "xtc_threshold": [-0.1, 1.1, True],
+    "xtc_probability": [-0.1, 1.1, True],
+    "adaptive_target": [-0.1, 1.1, True, 1e999],
+    "adaptive_decay": [-0.1, 1, True, 1e999],
+    "mirostat_mode": [-1, 3, 1.5, True, "2"],
+    "mirostat_tau": [-0.1, 1e9, True, 1e999],
+    "mirostat_eta": [-0.1, 1.1, True],
+    "encoder_repetition_penalty": [0, -1, 1e9, True, 1e999],
+    "no_repeat_ngram_size": [-1, 2.5, True, 2**31],
+    "dry_multiplier": [-0.1, 1e9, True, 1e999],
+    "dry_base": [0.9, 1e9, True, 1e999],
+    "dry_allowed_length": [-1, 2.5, True, 2**31],
+    "dry_sequence_breakers": [5, "\n,:", '["a"', "[" * 9999, ["a"] * 65],
+    "sampler_priority": [5, {"a": 1}, "top_k, top_k", ["top_k", "top_k"]],
+    "min_length": [-1, 2.5, True, 2**31],
+    "guidance_scale": [1e9, -1e9, True, 1e999],
+    "penalty_alpha": [-0.1, 1.1, True],
+    "num_beams": [0, 65, 1.5, True, "2"],
+    "length_penalty": [1e9, -1e9, True, 1e999],
+    "early_stopping": [1, "true"],
+    "negative_prompt": [5, ["a"]],
+    "logit_bias": [[], "1", {"a": 1}, {"-1": 1}, {"01": 1}, {"1.0": 1}, {str(VOCAB_SIZE): 1}],
+    "custom_token_bans": [5, [5], "a", "1;2", "-1", "1.5", str(VOCAB_SIZE), "9" * 5000],
+    "allowed_token_ids": [5, "5", [], [VOCAB_SIZE]],
+    "ignore_eos": ["false"],
+    "preset": [5, ["a"], "no such preset", "../settings"],
+    "truncation_length": [-1, 2.5, True, 2**31],
+    "max_tokens_second": [-1, 2.5, True, 2**31],
+    "auto_max_new_tokens": [1, "true"],
+    "add_bos_token": [0, "false"],
+    "suffix": [5, ["a"]],
+    "token_healing": [1, "true"],
     "prompt": [[2**31], [-(2**31)], [[1], [10**4000]]],
     "stream": [1, "true"],
     "do_sample": [1],
@@ -47,7 +93,8 @@ BAD_VALUES = {
 async def test_bad_values_are_named(client: httpx.AsyncClient, field: str, value: Any) -> None:
     content = json.dumps({"prompt": "a", field: value}).replace("Infinity", "1e999")
     response = await client.post("/v1/completions", content=content)
-    assert f"'{field}'" in assert_error_shape(response, 400, param=field)
+    message = assert_error_shape(response, 400, param=field)
+    assert f"'{field}'" in message or (field == "preset" and "Known: Big O, " in message)
 
 
 async def test_the_path_to_a_value_is_named(client: httpx.AsyncClient) -> None:
@@ -56,6 +103,14 @@ async def test_the_path_to_a_value_is_named(client: httpx.AsyncClient) -> None:
         ({"stop_token_ids": [1, "a"]}, "stop_token_ids[1]"),
         ({"stop_token_ids": [0, -1]}, "stop_token_ids[1]"),
         ({"stop_token_ids": [2**31]}, "stop_token_ids[0]"),
+        ({"allowed_token_ids": [1, "a"]}, "allowed_token_ids[1]"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5"),
+        ({"logit_bias": {"5": True}}, "logit_bias.5"),
+        ({"dry_sequence_breakers": ["a", ""]}, "dry_sequence_breakers[1]"),
+        ({"dry_sequence_breakers": '"a", 5'}, "dry_sequence_breakers[1]"),
+        ({"sampler_priority": ["top_k", "nope"]}, "sampler_priority[1]"),
+        ({"sampler_priority": "top_k\nnope"}, "sampler_priority[1]"),
+        ({"sampler_priority": '["top_k", 1]'}, "sampler_priority[1]"),
         ({"stream_options": {"include_usage": "yes"}}, "stream_options.include_usage"),
     ):
         response = await client.post("/v1/completions", json={"prompt": "a", **body})
@@ -73,6 +128,9 @@ async def test_the_path_to_a_value_is_named(client: httpx.AsyncClient) -> None:
         ({"stream": "yes"}, "should be true or false"),
         ({"top_k": "5"}, "should be an integer"),
         ({"top_k": 2**31}, "less than or equal to 2147483647"),
+        ({"sampler_priority": "top_k, top_k"}, "top_k is there twice"),
+        ({"custom_token_bans": "1, x"}, "whole numbers, not 'x'"),
+        ({"logit_bias": {"999": 1}}, "vocabulary of 259"),
     ],
 )
 async def test_messages_say_what_is_right(
@@ -96,6 +154,12 @@ async def test_messages_say_what_is_right(
         {"top_k": 2**31 - 1},
         {"presence_penalty": -5},
         {"repetition_penalty": 0.5},
+        {"dynatemp_low": 2, "dynatemp_high": 0, "dynatemp_exponent": 0},
+        {"typical_p": 0, "tfs": 0, "top_a": 1, "epsilon_cutoff": 10_000, "eta_cutoff": 9},
+        {"smoothing_curve": 10, "top_n_sigma": 1, "mirostat_mode": 2.0, "mirostat_tau": 0},
+        {"dry_sequence_breakers": "", "sampler_priority": "", "custom_token_bans": " 1, 2,"},
+        {"logit_bias": {"0": -100, "258": 100}},
+        {"min_tokens": 100, "min_length": 2**31 - 1},
         {"seed": -1},
         {"seed": 2**62},
         {"stop": []},
@@ -119,9 +183,9 @@ async def test_fields_that_do_not_work_yet(client: httpx.AsyncClient, field: str
     assert "not supported yet" in assert_error_shape(response, 400, param=field)
 
 
-async def test_zero_is_not_false(client: httpx.AsyncClient) -> None:
-    response = await client.post("/v1/completions", json={"prompt": "a", "logprobs": 0})
-    assert_error_shape(response, 400, param="logprobs")
+def test_zero_is_not_false() -> None:
+    assert _is_neutral(False, (False,))
+    assert not _is_neutral(0, (False,))
 
 
 async def test_null_is_the_default(client: httpx.AsyncClient, engine: FakeEngine) -> None:

@@ -49,6 +49,9 @@ def test_curl(server: Server, block: str) -> None:
         assert done == "[DONE]"
         deltas = [json.loads(event)["choices"][0]["delta"] for event in events]
         assert "".join(delta.get("content", "") for delta in deltas).strip()
+    elif "/completions" not in block:
+        answer = json.loads(result.stdout)
+        assert answer and "error" not in answer
     else:
         (choice,) = json.loads(result.stdout)["choices"]
         assert (choice.get("text") or choice["message"]["content"]).strip()

@@ -1,0 +1,106 @@
+"""Tokens and prompts as the model sees them, in this API's shapes and in vLLM's.
+
+Nothing here goes through the engine, so nothing waits for a generation.
+"""
+
+import asyncio
+from collections.abc import Sequence
+
+from fastapi import APIRouter, Response
+from fastapi.responses import JSONResponse
+
+from extensions.openai.chat_completions import build_chat_prompt
+from extensions.openai.typing import (
+    ChatCompletionRequest,
+    ChatPrompt,
+    DecodedText,
+    DecodeRequest,
+    DetokenizedText,
+    DetokenizeRequest,
+    EncodedText,
+    EncodeRequest,
+    TokenCount,
+    TokenizedText,
+    TokenizeRequest,
+)
+from modules.context import Context
+from modules.models import LoadedModel
+from modules.settings import Settings
+
+
+def add_routes(router: APIRouter, context: Context) -> None:
+    """In threads all of them: a long text, or a template that a client sent, may take its time."""
+
+    @router.post("/v1/internal/encode", tags=["Tokens"], responses={200: {"model": EncodedText}})
+    async def encode(body: EncodeRequest) -> Response:
+        """A text's token ids, with the special tokens that are added to a prompt."""
+        token_ids = await asyncio.to_thread(context.models.current.encode, body.text, True)
+        return JSONResponse({"tokens": token_ids, "length": len(token_ids)})
+
+    @router.post("/v1/internal/decode", tags=["Tokens"], responses={200: {"model": DecodedText}})
+    async def decode(body: DecodeRequest) -> Response:
+        """The text of token ids, without special tokens."""
+        return JSONResponse({"text": await _decode(context.models.current, body.tokens, True)})
+
+    @router.post(
+        "/v1/internal/token-count", tags=["Tokens"], responses={200: {"model": TokenCount}}
+    )
+    async def count_tokens(body: EncodeRequest) -> Response:
+        """How many tokens a text has as a prompt."""
+        token_ids = await asyncio.to_thread(context.models.current.encode, body.text, True)
+        return JSONResponse({"length": len(token_ids)})
+
+    @router.post(
+        "/v1/internal/chat-prompt", tags=["Tokens"], responses={200: {"model": ChatPrompt}}
+    )
+    async def get_chat_prompt(body: ChatCompletionRequest) -> Response:
+        """The prompt that a chat completion makes of the same request."""
+        model = context.models.current
+        text, token_ids = await asyncio.to_thread(_render, context.settings, model, body)
+        return JSONResponse({"prompt": text, "length": len(token_ids)})
+
+    @router.post("/tokenize", tags=["Tokens"], responses={200: {"model": TokenizedText}})
+    async def tokenize(body: TokenizeRequest) -> Response:
+        """The token ids of a prompt, or of messages, as vLLM tells them."""
+        model = context.models.current
+        token_ids = await asyncio.to_thread(_tokenize, context.settings, model, body)
+        pieces = list(map(model.vocabulary.piece, token_ids)) if body.return_token_strs else None
+        return JSONResponse(
+            {
+                "count": len(token_ids),
+                "max_model_len": model.max_model_len,
+                "tokens": token_ids,
+                "token_strs": pieces,
+            }
+        )
+
+    @router.post("/detokenize", tags=["Tokens"], responses={200: {"model": DetokenizedText}})
+    async def detokenize(body: DetokenizeRequest) -> Response:
+        """The text of token ids, with special tokens, as vLLM tells it."""
+        return JSONResponse({"prompt": await _decode(context.models.current, body.tokens, False)})
+
+
+async def _decode(model: LoadedModel, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
+    model.check_token_ids(token_ids, "tokens")
+    return await asyncio.to_thread(model.decode, token_ids, skip_special_tokens)
+
+
+def _tokenize(settings: Settings, model: LoadedModel, body: TokenizeRequest) -> tuple[int, ...]:
+    if body.prompt is not None:
+        return model.encode(body.prompt, body.add_special_tokens is not False)
+    messages = {"messages": body.messages, "add_generation_prompt": body.add_generation_prompt}
+    chat = ChatCompletionRequest.model_validate(messages)
+    return _render(settings, model, chat, body.add_special_tokens)[1]
+
+
+def _render(
+    settings: Settings,
+    model: LoadedModel,
+    body: ChatCompletionRequest,
+    add_special_tokens: bool | None = None,
+) -> tuple[str, tuple[int, ...]]:
+    """The prompt and its tokens; `add_special_tokens` None: if the prompt does not have them."""
+    prompt = build_chat_prompt(settings, model, body)
+    if add_special_tokens is None:
+        add_special_tokens = prompt.add_special_tokens
+    return prompt.text, model.encode(prompt.text, add_special_tokens)
