@@ -16,7 +16,12 @@ from collections.abc import Iterator
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.openai_completions import LocalCompletionsAPI
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 Pair = tuple[str, str]
 
@@ -89,7 +94,7 @@ def to_instance(pair: Pair) -> Instance:
     return Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=0)
 
 
-def tokens_of(tokenizer, pairs: list[Pair]) -> str:
+def tokens_of(tokenizer: PreTrainedTokenizerBase, pairs: list[Pair]) -> str:
     counts = [len(tokenizer.encode(text, add_special_tokens=False)) for _, text in pairs]
     return f"{min(counts)} to {max(counts)}"
 

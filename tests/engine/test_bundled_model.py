@@ -16,6 +16,7 @@ from modules.model_files import DEFAULT_MODEL, find_model
 from modules.settings import Settings
 from tests.engine.conftest import request, run, token_ids
 from tests.engine.test_engine import generate
+from tests.engine.test_prompt_scores import assert_scored
 
 QUESTIONS = (
     "What is the capital of France?",
@@ -66,6 +67,20 @@ def serve(model: PreTrainedModel, prompts: list[list[int]], **params: object) ->
 def test_float32_equals_generate(model: PreTrainedModel, prompts: list[list[int]]) -> None:
     expected = [generate(model, prompt, max_new_tokens=16) for prompt in prompts]
     assert serve(copy.deepcopy(model), prompts) == expected
+
+
+def test_a_prompts_scores_are_those_of_transformers(
+    model: PreTrainedModel, prompts: list[list[int]]
+) -> None:
+    engine = Engine(copy.deepcopy(model), EngineConfig(max_model_len=512, num_cache_tokens=4096))
+    wish = {"prompt_logprobs": True, "num_logprobs": 3, "max_tokens": 0}
+    texts = {"short": prompts[0], "long": [i for prompt in prompts for i in prompt] * 2}
+    assert len(texts["long"]) > 256  # more than one chunk
+    for name, prompt in texts.items():
+        engine.add(request(name, prompt, **wish))
+    for name, outputs in run(engine).items():
+        assert len(outputs) == len(texts[name])
+        assert_scored(outputs, model, texts[name])
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
