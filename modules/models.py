@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,6 +41,7 @@ from modules.engine.fused_layers import FORMATS, quantize_model
 from modules.engine.generate_engine import GenerateEngine
 from modules.engine.probe import count_kv_bytes, probe, probe_alone
 from modules.errors import (
+    InvalidRequestError,
     ModelLoadError,
     NoModelLoadedError,
     NotBatchableError,
@@ -92,10 +93,22 @@ class LoadedModel:
     vocabulary: Vocabulary
     eos_token_ids: frozenset[int] = frozenset()
     """They end a reply."""
+    max_guided_len: int | None = None
+    """As `max_model_len`, with a negative prompt; None: the same."""
     continues_prompt: bool = True
     """False where the reply is a text of its own, as an encoder-decoder's is."""
     device: str = "cpu"
     dtype: str = "float32"
+
+    def check_token_ids(self, token_ids: Iterable[int], param: str) -> None:
+        """Raises InvalidRequestError, with the wire name of the field that they came in."""
+        unknown = next((i for i in token_ids if not 0 <= i < self.vocab_size), None)
+        if unknown is not None:
+            raise InvalidRequestError(
+                f"Invalid value for '{param}': Token id {unknown} is outside the model's "
+                f"vocabulary of {self.vocab_size}.",
+                param,
+            )
 
     def encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
@@ -198,6 +211,7 @@ def _load(found: FoundModel, settings: Settings) -> LoadedModel:
         max_model_len=config.max_model_len,
         chat_template=_choose_template(found.name, tokenizer, settings),
         eos_token_ids=config.eos_token_ids,
+        max_guided_len=engine.max_guided_len,
         continues_prompt=not model.config.is_encoder_decoder,
         device=device,
         dtype=wished if wished and is_quantized else _dtype_name(model, settings),
@@ -242,6 +256,7 @@ def _choose_config(
         eos_token_ids=find_eos_token_ids(model, tokenizer),
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
+        is_deterministic=settings.deterministic,
         num_cache_tokens=num_cache_tokens,
         # A card's memory is taken anyway.
         num_retained_tokens=num_cache_tokens if model.device.type == "cuda" else None,

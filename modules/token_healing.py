@@ -53,5 +53,6 @@ def find_first_tokens(model: LoadedModel, token_id: int, params: SamplingParams)
     if token_id not in found:
         return ()
     banned = {token_id for token_id, bias in params.logit_bias if bias == -math.inf}
+    banned.update(model.eos_token_ids, params.stop_token_ids)
     allowed = found if params.allowed_token_ids is None else params.allowed_token_ids
     return tuple(sorted(set(found).intersection(allowed) - banned))

@@ -194,15 +194,20 @@ class FakeModelManager:
         return sorted(self.names)
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE without merges: a token's id is its byte. The ChatML tokens come after."""
+def build_tokenizer(
+    *special_tokens: str, merges: Sequence[tuple[str, str]] = ()
+) -> PreTrainedTokenizerFast:
+    """Byte-level BPE: a token's id is its byte. The ChatML tokens come after, then what `merges`
+    make, then `special_tokens`.
+    """
+    chatml = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
     vocab = {char: byte for byte, char in _byte_characters().items()}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    vocab |= {text: END_OF_TEXT + i for i, text in enumerate(chatml)}
+    vocab |= {first + second: VOCAB_SIZE + i for i, (first, second) in enumerate(merges)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=list(merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(
-        [AddedToken(text) for text in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")]
-    )
+    tokenizer.add_special_tokens([AddedToken(text) for text in (*chatml, *special_tokens)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|im_end|>"
     )
@@ -222,8 +227,8 @@ def build_model(engine: FakeEngine, tokenizer: PreTrainedTokenizerFast) -> Loade
         name="tiny",
         engine=engine,
         tokenizer=tokenizer,
-        vocab_size=VOCAB_SIZE,
-        vocabulary=Vocabulary(tokenizer, VOCAB_SIZE),
+        vocab_size=len(tokenizer),
+        vocabulary=Vocabulary(tokenizer, len(tokenizer)),
         max_model_len=1024,
         eos_token_ids=frozenset({IM_END}),
         chat_template=ChatTemplate(

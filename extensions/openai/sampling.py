@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import ValidationError
 
 from extensions.openai.typing import GenerationOptions, SamplingOptions
+from modules.engine.beam_search import BeamOptions
+from modules.engine.contrastive_search import ContrastiveOptions
 from modules.engine.sampling_params import DEFAULT_SAMPLER_ORDER, SamplerStep, SamplingParams
+from modules.engine.searches import SearchOptions
 from modules.errors import InvalidRequestError
 from modules.models import LoadedModel
 from modules.presets import load_preset
@@ -18,14 +20,14 @@ from modules.prompt_tokens import Truncation
 
 Options = TypeVar("Options", bound=GenerationOptions)
 
-# Only the top token is left long before this; below it, logits could leave the range of float32.
-MIN_TEMPERATURE = 1e-5
 # Of which epsilon and eta cutoffs give a number.
 PARTS_PER_UNIT = 10_000
 # Of a truncated context, for replies that may be as long as they like.
 NUM_RESERVED = 512
 BANNED = -100.0
 FORCED = 100.0
+# One of them is to blame if no token is left, most likely the first that was used.
+RESTRICTIONS = ("allowed_token_ids", "logit_bias", "custom_token_bans", "stop_token_ids")
 TEMPERATURE_STEPS = (
     SamplerStep.TEMPERATURE,
     SamplerStep.DYNAMIC_TEMPERATURE,
@@ -70,7 +72,7 @@ def to_sampling_params(
 
     Raises InvalidRequestError where they name tokens that the model has not, or leave it none.
     """
-    _check_token_ids(options, model.vocab_size)
+    _check_token_ids(options, model)
     allowed = _to_allowed_token_ids(options)
     logit_bias = _to_logit_bias(options)
     _check_that_a_token_is_left(options, model, allowed, logit_bias)
@@ -116,6 +118,7 @@ def to_sampling_params(
         dry_breaker_token_ids=_find_dry_breakers(options, model),
         logit_bias=logit_bias,
         allowed_token_ids=allowed,
+        guidance_scale=options.guidance_scale,
         prompt_lookup_num_tokens=options.prompt_lookup_num_tokens,
         num_logprobs=num_logprobs,
     )
@@ -146,20 +149,44 @@ def to_truncation(
     return Truncation(max_len, max(1, num_reserved))
 
 
+def to_negative_prompt(options: GenerationOptions) -> str | None:
+    return None if options.guidance_scale == 1 else options.negative_prompt
+
+
+def to_search(options: GenerationOptions, num_candidates: int) -> SearchOptions | None:
+    """Raises InvalidRequestError for what does not go together."""
+    if options.num_beams > 1:
+        if options.penalty_alpha:
+            raise InvalidRequestError("Contrastive search has no beams.", "penalty_alpha")
+        if num_candidates > options.num_beams:
+            message = f"{options.num_beams} beams cannot give {num_candidates} choices."
+            raise InvalidRequestError(message, "best_of" if num_candidates > options.n else "n")
+        return BeamOptions(
+            num_beams=options.num_beams,
+            length_penalty=options.length_penalty,
+            early_stopping=options.early_stopping,
+        )
+    if not options.penalty_alpha:
+        return None
+    if not _is_greedy(options):
+        raise InvalidRequestError("Contrastive search needs do_sample: false.", "penalty_alpha")
+    if options.top_k <= 1:
+        raise InvalidRequestError("Contrastive search needs a top_k above 1.", "penalty_alpha")
+    return ContrastiveOptions(penalty_alpha=options.penalty_alpha, top_k=options.top_k)
+
+
 # Chance
 
 
 def _is_greedy(options: SamplingOptions) -> bool:
     """A nucleus of no probability still holds its first token."""
-    return not options.do_sample or options.top_p == 0 or options.temperature < MIN_TEMPERATURE
+    return not options.do_sample or options.top_p == 0
 
 
 def _to_dynamic_temperature(options: SamplingOptions) -> tuple[float, float, float] | None:
     if not options.dynamic_temperature:
         return None
-    low = max(options.dynatemp_low, MIN_TEMPERATURE)
-    high = max(options.dynatemp_high, MIN_TEMPERATURE)
-    return low, high, options.dynatemp_exponent
+    return options.dynatemp_low, options.dynatemp_high, options.dynatemp_exponent
 
 
 def _to_sampler_order(options: SamplingOptions) -> tuple[SamplerStep, ...]:
@@ -197,21 +224,11 @@ def _find_xtc_protected(options: SamplingOptions, model: LoadedModel) -> tuple[i
 # Single tokens
 
 
-def _check_token_ids(options: GenerationOptions, vocab_size: int) -> None:
-    named: dict[str, Iterable[int]] = {
-        "logit_bias": map(int, options.logit_bias),
-        "custom_token_bans": options.custom_token_bans,
-        "allowed_token_ids": options.allowed_token_ids or (),
-        "stop_token_ids": options.stop_token_ids,
-    }
-    for field, token_ids in named.items():
-        unknown = next((token_id for token_id in token_ids if token_id >= vocab_size), None)
-        if unknown is not None:
-            raise InvalidRequestError(
-                f"Invalid value for '{field}': Token id {unknown} is outside the model's "
-                f"vocabulary of {vocab_size}.",
-                field,
-            )
+def _check_token_ids(options: GenerationOptions, model: LoadedModel) -> None:
+    model.check_token_ids(map(int, options.logit_bias), "logit_bias")
+    model.check_token_ids(options.custom_token_bans, "custom_token_bans")
+    model.check_token_ids(options.allowed_token_ids or (), "allowed_token_ids")
+    model.check_token_ids(options.stop_token_ids, "stop_token_ids")
 
 
 def _to_allowed_token_ids(options: GenerationOptions) -> tuple[int, ...] | None:
@@ -243,12 +260,5 @@ def _check_that_a_token_is_left(
         banned.update(options.stop_token_ids)
     left = range(model.vocab_size) if allowed is None else allowed
     if len(banned) >= len(left) and banned.issuperset(left):
-        field = next(
-            (
-                name
-                for name in ("allowed_token_ids", "logit_bias", "custom_token_bans")
-                if getattr(options, name)
-            ),
-            "ban_eos_token",
-        )
-        raise InvalidRequestError("No token is left that could be generated.", field)
+        fields = [name for name in RESTRICTIONS if getattr(options, name)]
+        raise InvalidRequestError("No token is left that could be generated.", fields[0])

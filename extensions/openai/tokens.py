@@ -24,7 +24,6 @@ from extensions.openai.typing import (
     TokenizeRequest,
 )
 from modules.context import Context
-from modules.errors import InvalidRequestError
 from modules.models import LoadedModel
 from modules.settings import Settings
 
@@ -82,13 +81,7 @@ def add_routes(router: APIRouter, context: Context) -> None:
 
 
 async def _decode(model: LoadedModel, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
-    unknown = next((token_id for token_id in token_ids if token_id >= model.vocab_size), None)
-    if unknown is not None:
-        raise InvalidRequestError(
-            f"Invalid value for 'tokens': Token id {unknown} is outside the model's vocabulary of "
-            f"{model.vocab_size}.",
-            "tokens",
-        )
+    model.check_token_ids(token_ids, "tokens")
     return await asyncio.to_thread(model.decode, token_ids, skip_special_tokens)
 
 

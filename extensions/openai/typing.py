@@ -53,10 +53,6 @@ REFUSED_FIELDS: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
     "modalities": (["text"],),
     "web_search_options": (),
-    "guidance_scale": (1,),
-    "negative_prompt": ("",),
-    "penalty_alpha": (0,),
-    "num_beams": (1,),
     "grammar_string": ("",),
 }
 
@@ -371,8 +367,8 @@ class SamplingOptions(WireModel):
     )
     xtc_probability: Fraction = Field(
         default=0.0,
-        description="How often XTC is applied. It is not where a line or the text would have to "
-        "go on. 0: off.",
+        description="How often XTC is applied, except where it would rule out the end of a line "
+        "or of the text. 0: off.",
     )
     adaptive_target: Fraction = Field(
         default=0.0,

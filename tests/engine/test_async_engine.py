@@ -172,3 +172,24 @@ async def test_stop_ends_what_is_running(make_engine) -> None:
     assert not any(
         thread.name == "inference" and thread is engine._thread for thread in threading.enumerate()
     )
+
+
+async def test_everything_can_be_ended_at_once(engine) -> None:
+    """Each caller keeps what it has, and others may come."""
+    began = asyncio.Event()
+
+    async def collect_until_ended(name: str) -> int:
+        num_steps = 0
+        async with aclosing(engine.generate([request(name, [5], ignore_eos=True)])) as steps:
+            async for _ in steps:
+                num_steps += 1
+                began.set()
+        return num_steps
+
+    callers = [asyncio.create_task(collect_until_ended(str(n))) for n in range(3)]
+    await asyncio.wait_for(began.wait(), 30)
+    engine.abort_all()
+    counts = await asyncio.wait_for(asyncio.gather(*callers), 30)
+    assert max(counts) >= 1
+    assert sum(counts) < 3 * 511, "the context was filled"
+    await until_idle(engine)

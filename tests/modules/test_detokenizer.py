@@ -144,3 +144,11 @@ def test_nothing_comes_after_a_stop_or_a_discard() -> None:
 def test_a_stop_string_completed_by_the_last_incomplete_bytes() -> None:
     parts = read(ByteTokens(), "ab\u00e9".encode()[:-1], stop_strings=["\ufffd"])
     assert "".join(parts) == "ab"
+
+
+def test_what_repeats_the_prompt_is_left_out() -> None:
+    parts = read(Pieces(["ab", "c", "d"]), [0, 1, 2], num_repeated_chars=3)
+    assert parts == ["", "", "d", ""]
+    parts = read(Pieces(["ab", "c"]), [0, 1], num_repeated_chars=1, stop_strings=["a", "bc"])
+    assert parts == ["", "", ""]
+    assert read(ByteTokens(), "éx".encode(), num_repeated_chars=1) == ["", "", "x", ""]

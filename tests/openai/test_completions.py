@@ -11,7 +11,14 @@ import pytest
 from extensions.openai.usage import UsageCounter
 from modules.engine.outputs import FinishReason, TokenOutput
 from modules.text_generation import Generation, TextDelta
-from tests.fakes import IM_END, FakeEngine
+from tests.fakes import (
+    END_OF_TEXT,
+    IM_END,
+    FakeEngine,
+    FakeModelManager,
+    build_model,
+    build_tokenizer,
+)
 from tests.openai.assertions import assert_error_shape, read_events
 
 pytestmark = pytest.mark.anyio
@@ -254,3 +261,111 @@ async def test_prompt_longer_than_the_context(client: httpx.AsyncClient) -> None
     response = await client.post("/v1/completions", json={"prompt": "x" * 1024})
     message = assert_error_shape(response, 400, param="prompt", code="context_length_exceeded")
     assert "1024 tokens" in message
+
+
+# How prompts become tokens
+
+
+async def test_a_long_prompt_keeps_its_end(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    prompt = "<|endoftext|>0123456789"
+    for body in (
+        {"truncation_length": 8, "max_tokens": 5},
+        {"truncation_length": 10**6, "max_tokens": 5},
+        {"truncation_length": 8, "max_tokens": 5, "auto_max_new_tokens": True},
+        {"truncation_length": 100, "max_tokens": 5, "auto_max_new_tokens": True},
+    ):
+        await complete(client, prompt=prompt, **body)
+    asked = [(request.prompt_token_ids, request.params.max_tokens) for request in engine.requests]
+    whole = (END_OF_TEXT, *b"0123456789")
+    assert asked == [
+        ((END_OF_TEXT, *b"89"), 5),
+        (whole, 5),
+        ((END_OF_TEXT, *b"89"), 5),
+        (whole, 89),
+    ]
+
+
+async def test_a_reply_that_leaves_no_room(client: httpx.AsyncClient) -> None:
+    for body in ({"truncation_length": 16}, {"truncation_length": 5000, "max_tokens": 1024}):
+        response = await client.post("/v1/completions", json={"prompt": "a", **body})
+        assert_error_shape(response, 400, param="max_tokens")
+
+
+async def test_what_is_longer_than_the_context_even_so(client: httpx.AsyncClient) -> None:
+    body = {"prompt": ["ab", ""], "truncation_length": 17}
+    response = await client.post("/v1/completions", json=body)
+    assert "is empty" in assert_error_shape(response, 400, param="prompt")
+
+
+async def test_add_bos_token(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    await complete(client, prompt="<|endoftext|>ab", add_bos_token=False)
+    assert engine.requests[0].prompt_token_ids == tuple(b"ab")
+
+
+async def test_min_length_counts_the_prompt(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    await complete(client, prompt=["abc", "abcdefghij"], min_length=8)
+    await complete(client, prompt="abc", min_length=8, min_tokens=6)
+    assert [request.params.min_tokens for request in engine.requests] == [5, 0, 6]
+
+
+async def test_token_healing(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    engine.enqueue("://x")
+    answer = await complete(client, prompt="http:", token_healing=True, stop=":")
+    assert answer["choices"][0]["text"] == "//x"
+    (request,) = engine.requests
+    assert request.prompt_token_ids == tuple(b"http")
+    assert request.params.first_token_ids == (ord(":"),)
+    assert answer["usage"]["total_tokens"] == 4 + 5
+    engine.enqueue("://x")
+    events = await stream(client, prompt="http:", token_healing=True, echo=True)
+    assert [e["choices"][0]["text"] for e in events[:-1]] == ["http:", "/", "/", "x", ""]
+
+
+async def test_prompts_that_are_not_healed(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    for prompt in ("a", "a<|im_end|>", [97, 98]):
+        await complete(client, prompt=prompt, token_healing=True)
+    await complete(client, prompt="ab")
+    assert all(request.params.first_token_ids is None for request in engine.requests)
+
+
+async def test_fill_in_the_middle(
+    client: httpx.AsyncClient, engine: FakeEngine, manager: FakeModelManager
+) -> None:
+    tokenizer = build_tokenizer("<fim_prefix>", "<fim_suffix>", "<fim_middle>")
+    manager.model = build_model(engine, tokenizer)
+    engine.enqueue("m")
+    answer = await complete(client, prompt="ab", suffix="yz", echo=True, stop_token_ids=[5])
+    assert answer["choices"][0]["text"] == "abm"
+    (request,) = engine.requests
+    prompt = manager.model.decode(request.prompt_token_ids, False)
+    assert prompt == "<fim_prefix>ab<fim_suffix>yz<fim_middle>"
+    assert request.params.stop_token_ids == (5, 259, 260, 261, END_OF_TEXT)
+
+
+async def test_models_that_cannot_fill_in_the_middle(client: httpx.AsyncClient) -> None:
+    response = await client.post("/v1/completions", json={"prompt": "a", "suffix": "b"})
+    assert "no tokens for it" in assert_error_shape(response, 400, param="suffix")
+
+
+async def test_presets(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    await complete(client, preset="Yara", top_k=5, top_p=None)
+    params = engine.requests[0].params
+    assert (params.temperature, params.top_k, params.top_p) == (0.82, 5, 0.21)
+
+
+# How fast it comes
+
+
+async def test_streams_are_held_back(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    engine.enqueue("abcdef")
+    start = time.monotonic()
+    events = await stream(client, max_tokens_second=100)
+    assert time.monotonic() - start > 0.9 * 6 / 100  # the seventh token ends the text
+    assert [e["choices"][0]["text"] for e in events[:-1]] == [*"abcdef", ""]
+
+
+async def test_whole_answers_are_not(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    engine.enqueue("abcdef")
+    start = time.monotonic()
+    await complete(client, max_tokens_second=1)
+    assert time.monotonic() - start < 3

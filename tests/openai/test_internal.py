@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import json
+
 import httpx
 import pytest
+from fastapi import FastAPI
 
+from tests.conftest import AsgiCall, connect, wait_for
 from tests.fakes import FakeEngine, FakeModelManager
 from tests.openai.assertions import assert_error_shape
 
@@ -20,3 +24,32 @@ async def test_health(client: httpx.AsyncClient, manager: FakeModelManager) -> N
 async def test_health_of_a_dead_engine(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     engine.is_dead = True
     assert_error_shape(await client.get(PATH), 503, code="engine_dead")
+
+
+async def test_presets(client: httpx.AsyncClient) -> None:
+    answer = (await client.get("/v1/internal/presets")).json()
+    assert {"Big O", "simple-1", "Null preset"} <= set(answer["preset_names"])
+
+
+async def test_stop_generation(app: FastAPI, engine: FakeEngine) -> None:
+    """What was generated until then is the answer."""
+    engine.enqueue("abc", blocks=True)
+    call = AsgiCall(app, "/v1/completions", {"prompt": "a", "stop": "cd"})
+    await wait_for(engine.blocked)
+    async with connect(app) as client:
+        assert (await client.post("/v1/internal/stop-generation")).json() == "OK"
+    await call.next_message()
+    answer = json.loads((await call.next_message())["body"])
+    assert answer["choices"][0]["text"] == "abc"
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert answer["usage"]["completion_tokens"] == 3
+    assert len(engine.aborted) == 1
+    call.disconnect()
+    await call.wait()
+
+
+async def test_stop_generation_without_any(
+    client: httpx.AsyncClient, manager: FakeModelManager
+) -> None:
+    manager.model = None
+    assert (await client.post("/v1/internal/stop-generation")).json() == "OK"

@@ -1,16 +1,31 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 
-from extensions.openai.sampling import to_max_tokens, to_sampling_params
-from extensions.openai.typing import GenerationOptions, SamplerName
+from extensions.openai.sampling import (
+    fill_from_preset,
+    to_max_tokens,
+    to_sampling_params,
+    to_truncation,
+)
+from extensions.openai.typing import (
+    REFUSED_FIELDS,
+    CompletionRequest,
+    GenerationOptions,
+    SamplerName,
+)
 from modules.engine.sampling_params import DEFAULT_SAMPLER_ORDER, SamplerStep, SamplingParams
 from modules.errors import InvalidRequestError
 from modules.models import LoadedModel
+from modules.presets import list_presets
+from modules.prompt_tokens import Truncation
+from modules.settings import PROJECT_ROOT
 from tests.fakes import END_OF_TEXT, IM_END, IM_START, VOCAB_SIZE
 
 Convert = Callable[..., SamplingParams]
@@ -68,7 +83,7 @@ def test_the_defaults_are_neutral(convert: Convert) -> None:
         ({"dynatemp_low": 0.5, "dynatemp_high": 2}, {}),
         (
             {"dynamic_temperature": True, "dynatemp_low": 0, "dynatemp_high": 2},
-            {"dynamic_temperature": (1e-5, 2.0, 1.0)},
+            {"dynamic_temperature": (0.0, 2.0, 1.0)},
         ),
         ({"ban_eos_token": True}, {"ban_eos": True}),
         ({"ignore_eos": True}, {"ignore_eos": True}),
@@ -89,7 +104,6 @@ def test_the_defaults_are_neutral(convert: Convert) -> None:
         ),
         ({"do_sample": False, "temperature": 0.8}, {"temperature": 0.0}),
         ({"top_p": 0.0}, {"temperature": 0.0}),
-        ({"temperature": 1e-30}, {"temperature": 0.0}),
     ],
 )
 def test_wire_names_become_engine_names(
@@ -161,9 +175,95 @@ def test_temperature_last(convert: Convert) -> None:
         {"allowed_token_ids": [IM_END, 5], "min_tokens": 1, "stop_token_ids": [5]},
         {"logit_bias": {str(token_id): -100 for token_id in range(VOCAB_SIZE)}},
         {"custom_token_bans": ",".join(map(str, range(IM_END))), "ban_eos_token": True},
+        {"stop_token_ids": list(range(VOCAB_SIZE)), "min_length": 1},
     ],
 )
 def test_some_token_must_be_left(convert: Convert, fields: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequestError, match="No token is left") as error:
         convert(**fields)
     assert error.value.param == next(iter(fields))
+
+
+def test_truncation(model: LoadedModel) -> None:
+    def convert(max_tokens: int | None, /, **fields: Any) -> Truncation | None:
+        return to_truncation(GenerationOptions(**fields), model, max_tokens)
+
+    assert convert(16) is None
+    assert convert(16, truncation_length=100) == Truncation(100, 16)
+    assert convert(0, truncation_length=100) == Truncation(100, 1)
+    assert convert(16, truncation_length=10**9) == Truncation(model.max_model_len, 16)
+    assert convert(None, truncation_length=100) == Truncation(100, 50)
+    assert convert(None, truncation_length=10**9) == Truncation(model.max_model_len, 512)
+    for fields, param in (
+        ({"max_tokens": 100}, "max_tokens"),
+        ({"max_completion_tokens": 100}, "max_completion_tokens"),
+    ):
+        with pytest.raises(InvalidRequestError, match="100 tokens leaves no room") as error:
+            convert(100, truncation_length=100, **fields)
+        assert error.value.param == param
+
+
+def test_until_the_context_is_full(model: LoadedModel) -> None:
+    options = GenerationOptions(max_tokens=5, auto_max_new_tokens=True)
+    assert to_sampling_params(options, model, max_tokens=5).max_tokens is None
+
+
+# Presets
+
+
+def write_preset(root: Path, text: str) -> None:
+    (root / "presets").mkdir(exist_ok=True)
+    (root / "presets" / "mine.yaml").write_text(text)
+
+
+def test_a_preset_fills_what_the_request_leaves_out(tmp_path: Path) -> None:
+    write_preset(tmp_path, "temperature: 0.5\ntop_k: 7\nmin_p: 0.1\nxtc_threshold: null\n")
+    options = GenerationOptions(preset="mine", top_k=0, min_p=None, top_p=0.9)
+    filled = fill_from_preset(options, tmp_path)
+    assert (filled.temperature, filled.top_k, filled.min_p, filled.top_p) == (0.5, 0, 0.1, 0.9)
+    assert filled.xtc_threshold == 0.1
+    assert options.temperature == 1.0
+
+
+def test_a_preset_keeps_its_request_what_it_is(tmp_path: Path) -> None:
+    write_preset(tmp_path, "temperature: 0.5")
+    options = CompletionRequest(prompt="a", preset="mine", echo=True)
+    filled = fill_from_preset(options, tmp_path)
+    assert isinstance(filled, CompletionRequest) and filled.echo
+    assert fill_from_preset(CompletionRequest(prompt="a"), tmp_path).temperature == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("temperature: -1", "'mine' cannot be used: temperature: "),
+        ("temperature: .nan", "'mine' cannot be used: temperature: "),
+        ("top_k: '5'", "'mine' cannot be used: top_k: "),
+        ("sampler_priority: [nope]", "'mine' cannot be used: sampler_priority: "),
+        ("temprature: 1", "'mine' cannot be used: temprature: There is no such parameter"),
+        ("seed: 5", "'mine' cannot be used: seed: "),
+        ("5: 5", "'mine' cannot be used: 5: "),
+        ("- temperature", "'mine' holds no parameters"),
+        ("a: [", "mine.yaml cannot be used: line "),
+    ],
+)
+def test_a_bad_preset_is_named_with_its_key(tmp_path: Path, text: str, words: str) -> None:
+    write_preset(tmp_path, text)
+    with pytest.raises(InvalidRequestError, match=re.escape(words)) as error:
+        fill_from_preset(GenerationOptions(preset="mine"), tmp_path)
+    assert error.value.param == "preset"
+
+
+def test_an_empty_preset(tmp_path: Path) -> None:
+    write_preset(tmp_path, "# nothing yet")
+    options = GenerationOptions(preset="mine")
+    assert fill_from_preset(options, tmp_path) == options
+
+
+@pytest.mark.parametrize("name", list_presets(PROJECT_ROOT))
+def test_the_presets_that_come_along(name: str) -> None:
+    if name == "Contrastive Search" and "penalty_alpha" in REFUSED_FIELDS:
+        pytest.skip("contrastive search is yet to come")
+    options = GenerationOptions(preset=name)
+    filled = fill_from_preset(options, PROJECT_ROOT)
+    assert filled.model_dump() != options.model_dump() or name == "Null preset"
