@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from dataclasses import replace
 
 from modules.engine.engine import Engine
 from modules.engine.sampling_params import SamplingParams
@@ -11,15 +12,19 @@ from modules.engine.sequence import SequenceRequest
 
 Prompt = tuple[int, ...]
 
+GREEDY = SamplingParams(temperature=0.0)
+
 
 def random_prompts(count: int, num_tokens: int, vocab_size: int) -> list[Prompt]:
     """Ones that no cache can know."""
     return [tuple(random.choices(range(vocab_size), k=num_tokens)) for _ in range(count)]
 
 
-def time_decoding(engine: Engine, prompts: list[Prompt], max_tokens: int) -> float:
+def time_decoding(
+    engine: Engine, prompts: list[Prompt], max_tokens: int, params: SamplingParams = GREEDY
+) -> float:
     """Tokens per second from when all streams have started until the first has ended."""
-    _add(engine, prompts, max_tokens)
+    _add(engine, prompts, max_tokens, params)
     started: set[str] = set()
     while len(started) < len(prompts):
         started.update(output.request_id for output in engine.step())
@@ -43,14 +48,14 @@ def time_reading(engine: Engine, prompt: Prompt) -> float:
 
 def time_all(engine: Engine, prompts: list[Prompt], max_tokens: int) -> float:
     """Seconds for everything: all prompts at once, until the last token."""
-    _add(engine, prompts, max_tokens)
+    _add(engine, prompts, max_tokens, GREEDY)
     start = time.perf_counter()
     while engine.has_unfinished:
         engine.step()
     return time.perf_counter() - start
 
 
-def _add(engine: Engine, prompts: list[Prompt], max_tokens: int) -> None:
-    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+def _add(engine: Engine, prompts: list[Prompt], max_tokens: int, params: SamplingParams) -> None:
+    params = replace(params, max_tokens=max_tokens, ignore_eos=True)
     for prompt in prompts:
         engine.add(SequenceRequest(f"{random.getrandbits(64)}", prompt, params))

@@ -93,6 +93,8 @@ class LoadedModel:
     vocabulary: Vocabulary
     eos_token_ids: frozenset[int] = frozenset()
     """They end a reply."""
+    max_guided_len: int | None = None
+    """As `max_model_len`, with a negative prompt; None: the same."""
     continues_prompt: bool = True
     """False where the reply is a text of its own, as an encoder-decoder's is."""
     device: str = "cpu"
@@ -209,6 +211,7 @@ def _load(found: FoundModel, settings: Settings) -> LoadedModel:
         max_model_len=config.max_model_len,
         chat_template=_choose_template(found.name, tokenizer, settings),
         eos_token_ids=config.eos_token_ids,
+        max_guided_len=engine.max_guided_len,
         continues_prompt=not model.config.is_encoder_decoder,
         device=device,
         dtype=wished if wished and is_quantized else _dtype_name(model, settings),
@@ -253,6 +256,7 @@ def _choose_config(
         eos_token_ids=find_eos_token_ids(model, tokenizer),
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
+        is_deterministic=settings.deterministic,
         num_cache_tokens=num_cache_tokens,
         # A card's memory is taken anyway.
         num_retained_tokens=num_cache_tokens if model.device.type == "cuda" else None,

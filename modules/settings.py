@@ -146,6 +146,12 @@ class Settings:
         "Memory for the key-value cache, in GiB; chosen from the free memory if left out.",
         minimum=0.001,
     )
+    deterministic: bool = setting(
+        ENGINE,
+        False,
+        "Generate one sequence at a time and use nothing again, so that a seed always gives the "
+        "same text.",
+    )
 
     api: bool = setting(
         EXTENSIONS, False, "Serve the OpenAI compatible API (the extension openai)."

@@ -15,8 +15,10 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 
 from modules.detokenizer import IncrementalDetokenizer
+from modules.engine.contrastive_search import ContrastiveOptions
 from modules.engine.outputs import FinishReason, TokenOutput
 from modules.engine.sampling_params import SamplingParams
+from modules.engine.searches import SearchOptions, search
 from modules.engine.sequence import SequenceRequest
 from modules.errors import (
     ContextLengthExceededError,
@@ -54,6 +56,9 @@ class TextRequest:
     """Texts only: read a text without its last token, which the reply must begin with."""
     suffix: str = ""
     """What comes after the reply, if it is to fill in the middle."""
+    negative_prompt: str | None = None
+    """What `params.guidance_scale` leads away from; empty: the prompt's last token."""
+    search: SearchOptions | None = None
     max_tokens_per_second: int = 0
     """Of each choice; 0: as fast as they come."""
     prompt_param: str = "prompt"
@@ -98,6 +103,7 @@ class _Prompt:
     params: SamplingParams
     num_repeated_chars: int = 0
     """So much of the prompt's text does the reply begin with."""
+    negative_token_ids: tuple[int, ...] | None = None
 
 
 async def generate(model: LoadedModel, request: TextRequest) -> Generation:
@@ -110,9 +116,13 @@ async def generate(model: LoadedModel, request: TextRequest) -> Generation:
         EngineDeadError: nothing can be generated any more.
     """
     model.engine.check_health()
+    if isinstance(request.search, ContrastiveOptions) and not model.continues_prompt:
+        raise InvalidRequestError("Contrastive search is not for this model.", "penalty_alpha")
     if request.params.prompt_logprobs and not model.continues_prompt:
         message = "This model's reply is a text of its own: it gives its prompt no probabilities."
         raise InvalidRequestError(message, "echo")
+    if request.params.prompt_logprobs and request.search is not None:
+        raise InvalidRequestError("A search does not score its prompt.", "echo")
     prompts = tuple([await _prepare(model, prompt, request) for prompt in request.prompts])
     deltas = _generate_text(model, prompts, request)
     if request.max_tokens_per_second:
@@ -123,7 +133,8 @@ async def generate(model: LoadedModel, request: TextRequest) -> Generation:
 async def _prepare(
     model: LoadedModel, prompt: str | tuple[int, ...], request: TextRequest
 ) -> _Prompt:
-    is_quick = len(prompt) + len(request.suffix) < MAX_INLINE_ENCODE_CHARS
+    num_chars = len(prompt) + len(request.suffix) + len(request.negative_prompt or "")
+    is_quick = num_chars < MAX_INLINE_ENCODE_CHARS
     if is_quick and not request.heals_tokens:
         return _to_prompt(model, prompt, request)
     return await asyncio.to_thread(_to_prompt, model, prompt, request)
@@ -137,15 +148,34 @@ def _to_prompt(model: LoadedModel, prompt: str | tuple[int, ...], request: TextR
         encoded = enclose(model, fim_tokens, encoded, request.suffix)
         stops = (*params.stop_token_ids, *fim_tokens.ends)
         params = replace(params, stop_token_ids=tuple(dict.fromkeys(stops)))
-    max_len = model.max_model_len
+    max_len = _find_max_len(model, request)
     if request.truncation is not None:
-        max_len = request.truncation.max_len
+        max_len = min(max_len, request.truncation.max_len)
         encoded = encoded.cut(request.truncation.max_prompt_len)
     _check(model, encoded.token_ids, max_len, request.prompt_param)
     params = _fit_params(model, params, len(encoded.token_ids), request)
+    accepted = _Prompt(encoded.token_ids, params)
     if request.heals_tokens and isinstance(prompt, str) and model.continues_prompt:
-        return _heal(model, encoded.token_ids, params, request.skip_special_tokens)
-    return _Prompt(encoded.token_ids, params)
+        accepted = _heal(model, encoded.token_ids, params, request.skip_special_tokens)
+    return replace(accepted, negative_token_ids=_encode_negative(model, request, accepted, max_len))
+
+
+def _find_max_len(model: LoadedModel, request: TextRequest) -> int:
+    if request.negative_prompt is not None and model.max_guided_len is not None:
+        return model.max_guided_len
+    return model.max_model_len
+
+
+def _encode_negative(
+    model: LoadedModel, request: TextRequest, prompt: _Prompt, max_len: int
+) -> tuple[int, ...] | None:
+    if request.negative_prompt is None:
+        return None
+    if not request.negative_prompt:
+        return prompt.token_ids[-1:]
+    encoded = encode_prompt(model, request.negative_prompt, True, request.add_bos_token)
+    _check(model, encoded.token_ids, max_len, "negative_prompt")
+    return encoded.token_ids
 
 
 def _fit_params(
@@ -155,8 +185,9 @@ def _fit_params(
     if request.min_len:
         num_counted = num_prompt_tokens if model.continues_prompt else 0
         params = replace(params, min_tokens=max(params.min_tokens, request.min_len - num_counted))
-    if request.truncation is not None:
-        room = request.truncation.max_len - num_prompt_tokens
+    if request.truncation is not None or request.search is not None:
+        max_len = request.truncation.max_len if request.truncation else model.max_model_len
+        room = max_len - (num_prompt_tokens if model.continues_prompt else 1)
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         params = replace(params, max_tokens=max_tokens)
     return params
@@ -191,8 +222,26 @@ async def _generate_text(
         for choice in choices.values():
             yield TextDelta(choice.index, "", (), FinishReason.LENGTH)
         return
-    sequences = [choice.request for choice in choices.values()]
-    async with aclosing(model.engine.generate(sequences)) as steps:
+    for group in _group_by_run(list(choices.values()), request):
+        async with aclosing(_run(model, group, request)) as deltas:
+            async for delta in deltas:
+                yield delta
+    for choice in choices.values():
+        if not choice.is_finished:  # the engine was told to end it
+            yield choice.finish()
+
+
+def _group_by_run(choices: list[_Choice], request: TextRequest) -> list[list[_Choice]]:
+    """The engine takes all choices at once, a search those of one prompt."""
+    size = len(choices) if request.search is None else request.num_choices
+    return [choices[start : start + size] for start in range(0, len(choices), size)]
+
+
+async def _run(
+    model: LoadedModel, group: list[_Choice], request: TextRequest
+) -> AsyncGenerator[TextDelta, None]:
+    choices = {choice.request.request_id: choice for choice in group}
+    async with aclosing(_start(model, [choice.request for choice in group], request)) as steps:
         async for outputs in steps:
             for choice, choice_outputs in _group_by_choice(choices, outputs):
                 for delta in (choice.read_prompt(choice_outputs), choice.read(choice_outputs)):
@@ -200,9 +249,16 @@ async def _generate_text(
                         model.engine.abort(choice.request.request_id)
                     if delta is not None:
                         yield delta
-    for choice in choices.values():
-        if not choice.is_finished:  # the engine was told to end it
-            yield choice.finish()
+            if all(choice.detokenizer.is_stopped for choice in group):
+                return
+
+
+def _start(
+    model: LoadedModel, sequences: list[SequenceRequest], request: TextRequest
+) -> AsyncGenerator[list[TokenOutput], None]:
+    if request.search is None:
+        return model.engine.generate(sequences)
+    return search(model.engine.generate, sequences, request.search, model.eos_token_ids)
 
 
 async def _pace(
@@ -239,7 +295,12 @@ def _build_choices(
                 prompt.num_repeated_chars,
             )
             params = _derive_seed(prompt.params, choice_index)
-            sequence = SequenceRequest(request_id, prompt.token_ids, params)
+            sequence = SequenceRequest(
+                request_id,
+                prompt.token_ids,
+                params,
+                negative_prompt_token_ids=prompt.negative_token_ids,
+            )
             choices[request_id] = _Choice(index, sequence, detokenizer, prompt.num_repeated_chars)
     return choices
 

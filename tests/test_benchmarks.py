@@ -73,6 +73,13 @@ def test_engine(folder: Path, tmp_path: Path) -> None:
     assert perplexity == pytest.approx(VOCAB_SIZE, rel=0.2)  # of weights that know nothing
 
 
+def test_sampler(folder: Path, tmp_path: Path) -> None:
+    sizes = ("--streams", 2, "--rounds", 1, "--tokens", 4, "--prompt-tokens", 20)
+    values = report(tmp_path / "out.json", "sampler.py", "--model", folder, *sizes)
+    assert values["common chain (ms per step)"]["sampler"]
+    assert values["common chain (% of the step)"]["sampler"]
+
+
 def test_serve_with_a_server_that_it_starts(folder: Path, tmp_path: Path) -> None:
     flags = ("--start-ours", "--model", folder, "--in-process", "--ours-flags=--cpu")
     sizes = ("--streams", 1, 2, "--rounds", 1, "--tokens", 8)

@@ -22,7 +22,9 @@ from extensions.openai.responses import (
 from extensions.openai.sampling import (
     fill_from_preset,
     to_max_tokens,
+    to_negative_prompt,
     to_sampling_params,
+    to_search,
     to_truncation,
 )
 from extensions.openai.streaming import Answer, Chunks
@@ -110,6 +112,8 @@ def _to_text_request(
         skip_special_tokens=body.skip_special_tokens,
         min_len=body.min_length,
         truncation=to_truncation(body, model, max_tokens),
+        negative_prompt=to_negative_prompt(body),
+        search=to_search(body, body.n),
         max_tokens_per_second=body.max_tokens_second if body.stream else 0,
         prompt_param="messages",
     )

@@ -9,7 +9,10 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from extensions.openai.typing import GenerationOptions, SamplingOptions
+from modules.engine.beam_search import BeamOptions
+from modules.engine.contrastive_search import ContrastiveOptions
 from modules.engine.sampling_params import DEFAULT_SAMPLER_ORDER, SamplerStep, SamplingParams
+from modules.engine.searches import SearchOptions
 from modules.errors import InvalidRequestError
 from modules.models import LoadedModel
 from modules.presets import load_preset
@@ -115,6 +118,7 @@ def to_sampling_params(
         dry_breaker_token_ids=_find_dry_breakers(options, model),
         logit_bias=logit_bias,
         allowed_token_ids=allowed,
+        guidance_scale=options.guidance_scale,
         prompt_lookup_num_tokens=options.prompt_lookup_num_tokens,
         num_logprobs=num_logprobs,
     )
@@ -143,6 +147,32 @@ def to_truncation(
             "max_completion_tokens" if named else "max_tokens",
         )
     return Truncation(max_len, max(1, num_reserved))
+
+
+def to_negative_prompt(options: GenerationOptions) -> str | None:
+    return None if options.guidance_scale == 1 else options.negative_prompt
+
+
+def to_search(options: GenerationOptions, num_candidates: int) -> SearchOptions | None:
+    """Raises InvalidRequestError for what does not go together."""
+    if options.num_beams > 1:
+        if options.penalty_alpha:
+            raise InvalidRequestError("Contrastive search has no beams.", "penalty_alpha")
+        if num_candidates > options.num_beams:
+            message = f"{options.num_beams} beams cannot give {num_candidates} choices."
+            raise InvalidRequestError(message, "best_of" if num_candidates > options.n else "n")
+        return BeamOptions(
+            num_beams=options.num_beams,
+            length_penalty=options.length_penalty,
+            early_stopping=options.early_stopping,
+        )
+    if not options.penalty_alpha:
+        return None
+    if not _is_greedy(options):
+        raise InvalidRequestError("Contrastive search needs do_sample: false.", "penalty_alpha")
+    if options.top_k <= 1:
+        raise InvalidRequestError("Contrastive search needs a top_k above 1.", "penalty_alpha")
+    return ContrastiveOptions(penalty_alpha=options.penalty_alpha, top_k=options.top_k)
 
 
 # Chance

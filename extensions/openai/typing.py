@@ -53,10 +53,6 @@ REFUSED_FIELDS: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
     "modalities": (["text"],),
     "web_search_options": (),
-    "guidance_scale": (1,),
-    "negative_prompt": ("",),
-    "penalty_alpha": (0,),
-    "num_beams": (1,),
     "grammar_string": ("",),
 }
 

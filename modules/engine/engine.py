@@ -27,6 +27,10 @@ class EngineConfig:
     num_retained_tokens: int | None = None
     """Most tokens whose keys and values are retained after their generation has ended, for others
     that begin like it; None: `max_model_len`."""
+    is_deterministic: bool = False
+    """Compute each sequence alone and from its start, so that no number is rounded in another way
+    because of what else runs, or ran before. `max_num_seqs` and `num_retained_tokens` are not used
+    then."""
     block_size: int | None = None
     """Tokens per block of the cache; None: what the model's device wants."""
 
@@ -43,14 +47,17 @@ class Engine:
         num_retained = config.num_retained_tokens
         if num_retained is None:
             num_retained = config.max_model_len
+        max_num_seqs = config.max_num_seqs
+        if config.is_deterministic:
+            num_retained, max_num_seqs = 0, 1
         self.cache_manager = CacheManager(num_blocks, block_size, -(-num_retained // block_size))
         self.scheduler = Scheduler(
             self.cache_manager,
-            config.max_num_seqs,
+            max_num_seqs,
             config.max_num_batched_tokens,
         )
         self.runner = ModelRunner(model, num_blocks, block_size)
-        self.runner.prepare(config.max_num_seqs, config.max_model_len)
+        self.runner.prepare(max_num_seqs, config.max_model_len)
         self._sequences: dict[str, Sequence] = {}
 
     @property
@@ -74,6 +81,8 @@ class Engine:
         is_guided = request.negative_prompt_token_ids is not None
         longest = self.max_guided_len if is_guided else self.config.max_model_len
         seq = Sequence(request, longest, self.config.eos_token_ids)
+        if self.config.is_deterministic:
+            seq.lookup = None  # what is read at once is rounded at once
         self._sequences[request.request_id] = seq
         self.scheduler.add(seq)
 

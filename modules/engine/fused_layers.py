@@ -47,16 +47,17 @@ def quantize_model(model: PreTrainedModel, dtype: str = "int8") -> bool:
     if not isinstance(layers, nn.ModuleList) or not all(_is_known(layer) for layer in layers):
         return False
     head = model.get_output_embeddings()
-    head_weight, rotation = head.weight.detach().float(), None
+    head_weight, rotation, norm_weight = head.weight.detach().float(), None, None
     if dtype == "int8":
         rotation = Rotation(base.config.hidden_size)
         head_weight = rotation.apply(_fold(head.weight, base.norm))
+        norm_weight = base.norm.weight.detach().float()
         base.norm.weight.data = torch.ones_like(base.norm.weight)
         base.embed_tokens.weight = nn.Parameter(
             rotation.apply(base.embed_tokens.weight.detach().float()), requires_grad=False
         )
     base.layers = nn.ModuleList([FusedLayers(layers, FORMATS[dtype], rotation)])
-    model.set_output_embeddings(_Int8Head(head_weight, head.bias))
+    model.set_output_embeddings(_Int8Head(head_weight, head.bias, rotation, norm_weight))
     for parameter in model.parameters():
         # One tensor that still lies in the mapped file of weights would keep all of it in memory.
         parameter.data = parameter.data.clone()
@@ -147,16 +148,31 @@ class FusedLayers(nn.Module):
 
 
 class _Int8Head(nn.Module):
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        rotation: Rotation | None,
+        norm_weight: Tensor | None,
+    ) -> None:
+        """`rotation` of the hidden states; `norm_weight` if `weight` holds the norm's before it."""
         super().__init__()
         self._weights = Int8Weights(1, *weight.shape)
         self._weights.set(0, weight)
         self._bias = bias
+        self._rotation = rotation
+        self._norm_weight = norm_weight
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[1, num_tokens, hidden_size] → [1, num_tokens, vocab_size]"""
         logits = torch.from_numpy(self._weights.multiply(0, hidden_states[0].numpy()))
         return logits[None] if self._bias is None else logits[None] + self._bias
+
+    def restore(self, hidden_states: Tensor) -> Tensor:
+        """What the head as it was before would have been given."""
+        if self._rotation is not None:
+            hidden_states = self._rotation.undo(hidden_states)
+        return hidden_states if self._norm_weight is None else hidden_states * self._norm_weight
 
 
 Parts = tuple[Tensor, Tensor, Tensor, Tensor]

@@ -8,6 +8,7 @@ come, first served; tokens are chosen and ended as Engine's are.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from modules.engine.engine import EngineConfig
 from modules.engine.guidance import apply_guidance
+from modules.engine.hidden_states import record_hidden_states
 from modules.engine.logprobs import Logprobs, compute_logprobs
-from modules.engine.model_runner import NUM_THREADS
+from modules.engine.model_runner import NUM_THREADS, add_hidden_state
 from modules.engine.outputs import FinishReason, TokenOutput
 from modules.engine.sampler import sample
 from modules.engine.scheduler import (
@@ -119,11 +121,14 @@ class GenerateEngine:
     def _sample(self, seq: Sequence) -> SampledToken:
         # It is put back only after a success: otherwise the cache may be in any state.
         decoding = self._decoding.pop(seq.request_id, None) or [*map(self._start, seq.unit)]
-        logits, *negative = [next(member) for member in decoding]
+        with record_hidden_states(self._model, seq.params.hidden_states) as recorded:
+            logits, *negative = [next(member) for member in decoding]
         if negative:
             scale = torch.tensor([seq.params.guidance_scale], device=logits.device)
             logits = apply_guidance(logits, negative[0], scale)
         (token,) = sample(logits, [seq])
+        if recorded:
+            token = add_hidden_state(token, recorded[0][-1].numpy())
         self._decoding[seq.request_id] = decoding
         seq.num_computed_tokens = len(seq.token_ids)
         return token
@@ -133,14 +138,17 @@ class GenerateEngine:
         prompt = seq.token_ids[: seq.num_prompt_tokens]
         _reset_rotary_modules(self._model)
         ids = torch.tensor([prompt], device=self._model.device)
-        logits = self._model(ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
+        with record_hidden_states(self._model, seq.params.hidden_states) as recorded:
+            options = {"attention_mask": torch.ones_like(ids), "use_cache": False}
+            logits = self._model(ids, **options).logits[0]
         scores: list[Logprobs] = []
         for start in range(0, len(prompt) - 1, NUM_SCORED_ROWS):
             targets = prompt[start + 1 :][:NUM_SCORED_ROWS]
             rows = logits[start : start + len(targets)].float()
             num_tops = [seq.params.num_logprobs or 0] * len(targets)
             scores += compute_logprobs(rows, targets, num_tops)
-        return scores
+        states = recorded[0].numpy()[:-1] if recorded else [None] * len(scores)
+        return [replace(s, hidden_state=own) for s, own in zip(scores, states, strict=True)]
 
     def _start(self, seq: Sequence) -> Iterator[Tensor]:
         """Logits of each next token, [1, vocab_size], float32, as `seq` grows.

@@ -14,15 +14,13 @@ from modules.engine.transfer import upload
 
 
 def guide(logits: Tensor, items: tuple[ScheduledSequence, ...]) -> Tensor:
-    """`logits` [num_rows, vocab_size] without the rows of companions, which come right after those
-    of the sequences that they go with.
+    """`logits` [num_rows, vocab_size] of `items` without the rows of companions, which come right
+    after those of the sequences that they go with.
     """
     kept: list[int] = []
     guided: list[tuple[int, float]] = []  # places among the kept rows
     num_rows = 0
     for item in items:
-        if not item.is_last_chunk:
-            continue
         if item.seq.primary is None:
             kept += range(num_rows, num_rows + 1 + len(item.draft))
         else:

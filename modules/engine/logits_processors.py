@@ -1,5 +1,5 @@
 """The arithmetic of each sampler step: pure functions on logits, [num_rows, num_candidates],
-float32, where minus infinity is what has been left out.
+float32, where minus infinity is what has been left out. Those on single tokens write in place.
 
 Each takes one value per row. A filter finds a threshold per row, [num_rows, 1]: lower logits are
 left out, equal ones share their fate. Nothing of a row depends on the others.
@@ -15,6 +15,8 @@ from modules.engine import cpu_kernels
 
 # The draw and every share of probability are summed up in pieces of so many.
 PIECE = 128
+# How many tokens top_p looks at first.
+HEAD = 256
 # Of what only the highest are looked for.
 BLOCK = 32
 # Times a probability of 0, this is 0; minus infinity is not a number then.
@@ -25,10 +27,10 @@ ADAPTIVE_WIDTH, ADAPTIVE_PEAK, ADAPTIVE_SHARPNESS = 0.3, 5.0, 10.0
 NUM_MIROSTAT_TOKENS = 100
 
 
-# Single tokens: `rows` and `token_ids` [num_pairs] say which
+# Single tokens, in place: `rows` and `token_ids` [num_pairs] say which
 
 
-def penalize_repetition(logits: Tensor, rows: Tensor, token_ids: Tensor, penalty: Tensor) -> Tensor:
+def penalize_repetition(logits: Tensor, rows: Tensor, token_ids: Tensor, penalty: Tensor) -> None:
     """Divide a positive logit by `penalty`, multiply a negative one (Keskar et al. 2019, "CTRL").
 
     A pair may be there several times, with the same `penalty` [num_pairs]; 1 is neutral. The
@@ -36,18 +38,18 @@ def penalize_repetition(logits: Tensor, rows: Tensor, token_ids: Tensor, penalty
     """
     seen = logits[rows, token_ids]
     seen = torch.where(seen > 0, seen / penalty, seen * penalty)
-    return logits.index_put((rows, token_ids), seen)
+    logits.index_put_((rows, token_ids), seen)
 
 
-def add_to_tokens(logits: Tensor, rows: Tensor, token_ids: Tensor, amounts: Tensor) -> Tensor:
+def add_to_tokens(logits: Tensor, rows: Tensor, token_ids: Tensor, amounts: Tensor) -> None:
     """`amounts` [num_pairs]; each pair once. Minus infinity bans (OpenAI's `logit_bias`)."""
-    return logits.index_put((rows, token_ids), logits[rows, token_ids] + amounts)
+    logits.index_put_((rows, token_ids), logits[rows, token_ids] + amounts)
 
 
-def keep_tokens(logits: Tensor, rows: Tensor, token_ids: Tensor, restricted: Tensor) -> Tensor:
+def keep_tokens(logits: Tensor, rows: Tensor, token_ids: Tensor, restricted: Tensor) -> None:
     """In the rows of which `restricted` [num_rows] is true, only the pairs' tokens."""
     allowed = ~restricted[:, None].expand_as(logits)
-    return logits.masked_fill(~allowed.index_put((rows, token_ids), rows >= 0), -torch.inf)
+    logits.masked_fill_(~allowed.index_put((rows, token_ids), rows >= 0), -torch.inf)
 
 
 # What changes the shape of the distribution, and not the order of the tokens
@@ -97,6 +99,21 @@ def find_top_p_threshold(descending: Tensor, top_p: Tensor) -> Tensor:
     2020, nucleus sampling)."""
     probs = descending.softmax(-1)
     return descending.gather(-1, find_share(probs, top_p.double() * (1 - 1e-12)))
+
+
+def find_top_p_threshold_unsorted(logits: Tensor, top_p: Tensor) -> Tensor:
+    """The same, of logits in any order. Only of rows whose likeliest HEAD tokens are not likely
+    enough together, the others are sorted too.
+    """
+    highest, places = find_highest(logits, min(HEAD, logits.shape[-1]))
+    reached = logits.softmax(-1).gather(-1, places).double().cumsum(-1)
+    place = torch.searchsorted(reached, top_p.double() * (1 - 1e-12), right=True)
+    threshold = highest.gather(-1, place.clamp(max=highest.shape[-1] - 1))
+    lacking = (place == highest.shape[-1])[:, 0].nonzero()[:, 0]
+    if len(lacking):
+        ordered = sort_descending(logits[lacking])
+        threshold[lacking] = find_top_p_threshold(ordered, top_p[lacking])
+    return threshold
 
 
 def find_tail_free_threshold(descending: Tensor, tfs: Tensor) -> Tensor:
@@ -219,7 +236,7 @@ def find_highest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
         values, places = logits.topk(count)
         return values, places
     blocks = _in_pieces(logits, BLOCK, -torch.inf)
-    chosen = blocks.amax(-1).topk(count).indices
+    chosen = blocks.amax(-1).topk(count, sorted=False).indices
     members = blocks.gather(1, chosen[..., None].expand(-1, -1, BLOCK)).flatten(1)
     values, order = members.topk(count)
     return values, chosen.gather(-1, order // BLOCK) * BLOCK + order % BLOCK
@@ -237,21 +254,27 @@ def find_share(weights: Tensor, shares: Tensor) -> Tensor:
     """The first place up to which `weights` [num_rows, n] add up to more than `shares` of their
     sum, [num_rows, 1], float64; at most the last one that has a weight. [num_rows, 1].
 
-    Weights are added in pieces, and only one piece by single ones: a whole cumulative sum in
-    float64 would take ten times as long.
+    Of many weights, pieces are added up, and only one piece by single ones: a whole cumulative sum
+    in float64 would take ten times as long.
     """
+    if weights.shape[-1] <= BLOCK * PIECE:
+        return _find_place(weights.double().cumsum(-1), shares)[1]
     pieces = _in_pieces(weights, PIECE)
     ends = pieces.sum(-1, dtype=torch.float64).cumsum(-1)
-    total = ends[:, -1:]
-    targets = torch.minimum(shares * total, torch.nextafter(total, torch.zeros_like(total)))
-    # Behind the end only what is no number is looked for.
-    place = torch.searchsorted(ends, targets, right=True).clamp_(max=pieces.shape[1] - 1)
+    target, place = _find_place(ends, shares)
     start = torch.where(place > 0, ends.gather(-1, (place - 1).clamp(min=0)), 0)
     piece = pieces.gather(1, place[..., None].expand(-1, 1, PIECE))[:, 0]
     inner = piece.double().cumsum(-1)
-    target = torch.minimum(targets - start, torch.nextafter(inner[:, -1:], torch.zeros_like(start)))
-    found = place * PIECE + torch.searchsorted(inner, target, right=True)
-    return found.clamp_(max=weights.shape[-1] - 1)
+    _, found = _find_place(inner, (target - start) / inner[:, -1:])
+    return (place * PIECE + found).clamp_(max=weights.shape[-1] - 1)
+
+
+def _find_place(ends: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+    """Where sums that grow first exceed a share of the last one: that share, and the place."""
+    total = ends[:, -1:]
+    targets = torch.minimum(shares * total, torch.nextafter(total, torch.zeros_like(total)))
+    # Behind the end only what is no number is looked for.
+    return targets, torch.searchsorted(ends, targets, right=True).clamp_(max=ends.shape[-1] - 1)
 
 
 def find_entropy(logits: Tensor) -> Tensor:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from modules.engine.outputs import TopLogprobs
@@ -17,6 +19,8 @@ class Logprobs:
     logprob: float
     """Natural logarithm."""
     top: TopLogprobs = ()
+    hidden_state: NDArray[np.float32] | None = field(default=None, compare=False)
+    """What the model's head made this of, when asked for: [hidden_size]."""
 
 
 def compute_logprobs(logits: Tensor, token_ids: list[int], num_tops: list[int]) -> list[Logprobs]:

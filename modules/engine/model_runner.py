@@ -6,11 +6,14 @@ from __future__ import annotations
 
 import inspect
 import threading
-from itertools import accumulate, pairwise
+from dataclasses import replace
+from itertools import accumulate, islice, pairwise
 from typing import Any
 
 import numba
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -20,6 +23,7 @@ from modules.engine.cpu_attention import CpuAttention
 from modules.engine.cuda_attention import PAGE_SIZE, VarlenAttention, find_kernel
 from modules.engine.cuda_graphs import DecodeGraphs, make_cuda_graphs
 from modules.engine.guidance import guide
+from modules.engine.hidden_states import record_hidden_states
 from modules.engine.logprobs import Logprobs, compute_logprobs
 from modules.engine.sampler import sample
 from modules.engine.scheduler import SampledToken, ScheduledBatch, ScheduledSequence, StepResult
@@ -98,11 +102,17 @@ class ModelRunner:
             torch.set_num_threads(NUM_THREADS)
             most: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
             numba.set_num_threads(min(NUM_THREADS, most))
+        wants_states = any(item.seq.params.hidden_states for item in batch.items)
+        with record_hidden_states(self._model, wants_states) as recorded:
+            result = self._run(batch)
+        return _add_hidden_states(result, batch, recorded[0]) if recorded else result
+
+    def _run(self, batch: ScheduledBatch) -> StepResult:
         logits = self.forward(batch)
         num_scored_rows = sum(len(item.scored) for item in batch.scored)
         sampled, scored = logits.split([len(logits) - num_scored_rows, num_scored_rows])
         return StepResult(
-            _sample_along(guide(sampled, batch.items), batch.sampled),
+            _sample_along(guide(sampled, batch.ending), batch.sampled),
             _score_prompts(scored, batch.scored),
         )
 
@@ -118,7 +128,9 @@ class ModelRunner:
         token_ids, positions, segments, rows = _pack(batch)
         logits = None
         is_step_of_ones = len(batch.items) == len(token_ids) and rows == [*range(len(token_ids))]
-        if self._graphs is not None and is_step_of_ones:
+        # What is replayed does not tell its hidden states.
+        can_record = not any(item.seq.params.hidden_states for item in batch.items)
+        if self._graphs is not None and is_step_of_ones and can_record:
             logits = self._graphs.run(token_ids, positions, segments)
         if logits is None:
             attention = self._attention.batch(segments)
@@ -224,6 +236,26 @@ def _score_prompts(logits: Tensor, items: tuple[ScheduledSequence, ...]) -> list
         )
         for rows, item in zip(logits.split(counts), items, strict=True)
     ]
+
+
+def _add_hidden_states(result: StepResult, batch: ScheduledBatch, states: Tensor) -> StepResult:
+    """To all log-probabilities; `states` [num_rows, hidden_size], of the rows that logits are."""
+    rows = iter(states.numpy())
+    of_ending = [(item, list(islice(rows, 1 + len(item.draft)))) for item in batch.ending]
+    of_sampled = [own for item, own in of_ending if item.seq.primary is None]
+    return StepResult(
+        [
+            [add_hidden_state(token, row) for token, row in zip(tokens, own, strict=False)]
+            for tokens, own in zip(result.sampled, of_sampled, strict=True)
+        ],
+        [[replace(s, hidden_state=next(rows)) for s in scores] for scores in result.scored],
+    )
+
+
+def add_hidden_state(token: SampledToken, state: NDArray[np.float32]) -> SampledToken:
+    if token.logprobs is None:
+        return token
+    return replace(token, logprobs=replace(token.logprobs, hidden_state=state))
 
 
 def _is_foreseen(tokens: list[SampledToken], draft: tuple[int, ...]) -> bool:

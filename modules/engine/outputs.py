@@ -1,7 +1,10 @@
 """What leaves the engine: one TokenOutput per sampled token, and per scored token of a prompt."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
+
+import numpy as np
+from numpy.typing import NDArray
 
 TopLogprobs = tuple[tuple[int, float], ...]
 """Token ids and the natural logarithms of their probabilities, the likeliest first."""
@@ -27,5 +30,7 @@ class TokenOutput:
     """Natural logarithm of the token's probability, when asked for; None for the first token of a
     prompt."""
     top_logprobs: TopLogprobs = ()
+    hidden_state: NDArray[np.float32] | None = field(default=None, compare=False)
+    """The last one of the token before this one, when asked for: [hidden_size]."""
     is_prompt: bool = False
     """A token of the prompt, scored because `prompt_logprobs` asked for it."""

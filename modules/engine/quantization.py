@@ -168,6 +168,12 @@ class Rotation:
         mixed: Tensor = self._odd.t() @ (blocks @ self._hadamard)
         return mixed.flatten(-2)
 
+    def undo(self, x: Tensor) -> Tensor:
+        """x Rᵀ: what `apply` made x of."""
+        blocks = x.unflatten(-1, (len(self._odd), len(self._hadamard)))
+        plain: Tensor = self._odd @ blocks @ self._hadamard
+        return plain.flatten(-2) * self._signs
+
 
 def hadamard(size: int) -> Tensor:
     """Sylvester's matrix of ones and minus ones, [size, size]; `size` is a power of two."""

@@ -43,11 +43,12 @@ def sample(logits: Tensor, seqs: list[Sequence]) -> list[SampledToken]:
     Raises FloatingPointError when the model has computed something that is no number, or no token
     is left that may be generated.
     """
-    allowed = _restrict(logits, seqs)
+    own = logits.clone() if any(map(_edits_tokens, seqs)) else logits
+    _restrict(own, seqs)
     groups: dict[Plan, list[int]] = defaultdict(list)
     for row, seq in enumerate(seqs):
         groups[seq.plan].append(row)
-    choices = [_choose(allowed, seqs, plan, rows) for plan, rows in groups.items()]
+    choices = [_choose(own, seqs, plan, rows) for plan, rows in groups.items()]
     tokens = _fetch(logits, seqs, choices)
     for row, logprobs in _report(logits, seqs, choices, tokens).items():
         tokens[row] = replace(tokens[row], logprobs=logprobs)
@@ -136,20 +137,23 @@ def _score(
 # What comes before every step
 
 
-def _restrict(logits: Tensor, seqs: list[Sequence]) -> Tensor:
-    """Leave out what must not be generated now, and add what single tokens were given."""
+def _edits_tokens(seq: Sequence) -> bool:
+    return seq.plan.edits_tokens or _find_allowed(seq) is not None or bool(_find_biases(seq))
+
+
+def _restrict(logits: Tensor, seqs: list[Sequence]) -> None:
+    """Leave out what must not be generated now, and add what single tokens were given; in place."""
     allowed = {row: ids for row, seq in enumerate(seqs) if (ids := _find_allowed(seq)) is not None}
     if allowed:
         rows = range(len(seqs))
         pairs = join([np.array(allowed.get(row, ()), np.int64) for row in rows], logits.device)
         restricted = upload([row in allowed for row in rows], logits.device)
-        logits = keep_tokens(logits, *pairs, restricted)
+        keep_tokens(logits, *pairs, restricted)
     biases = [_find_biases(seq) for seq in seqs]
     if any(biases):
         pairs = join([np.array([*bias], np.int64) for bias in biases], logits.device)
         amounts = upload([a for bias in biases for a in bias.values()], logits.device)
-        logits = add_to_tokens(logits, *pairs, amounts)
-    return logits
+        add_to_tokens(logits, *pairs, amounts)
 
 
 def _find_allowed(seq: Sequence) -> tuple[int, ...] | None:

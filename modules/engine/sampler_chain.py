@@ -1,7 +1,7 @@
 """The sampler's steps, each as what it does to the candidates of rows that have it in common.
 
 Here the parameters of sequences become columns of numbers; the arithmetic is in
-logits_processors.py.
+logits_processors.py. The logits of all tokens are the chain's own, to be written into.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from modules.engine.logits_processors import (
     find_top_k_threshold,
     find_top_n_sigma_threshold,
     find_top_p_threshold,
+    find_top_p_threshold_unsorted,
     leave_out_top_choices,
     leave_out_untypical,
     penalize_repetition,
@@ -112,14 +113,16 @@ def _scale(candidates: Candidates, ids: list[Ids], penalties: list[float]) -> Ca
     wide = candidates.widen()
     rows, token_ids = join(ids, wide.logits.device)
     penalty = upload(penalties, wide.logits.device)[rows]
-    return wide.rewrite(penalize_repetition(wide.logits, rows, token_ids, penalty))
+    penalize_repetition(wide.logits, rows, token_ids, penalty)
+    return wide.rewrite(wide.logits)
 
 
 def _add(candidates: Candidates, ids: list[Ids], amounts: list[Amounts]) -> Candidates:
     wide = candidates.widen()
     rows, token_ids = join(ids, wide.logits.device)
     added = upload(np.concatenate(amounts), wide.logits.device, torch.float32)
-    return wide.rewrite(add_to_tokens(wide.logits, rows, token_ids, added))
+    add_to_tokens(wide.logits, rows, token_ids, added)
+    return wide.rewrite(wide.logits)
 
 
 def join(ids: list[Ids], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -165,6 +168,15 @@ def _cut_top_k(candidates: Candidates, seqs: list[Sequence]) -> Candidates:
     narrow = candidates.narrow(seqs[0].plan.width)
     top_k = upload([[min(seq.params.top_k, MAX_TOP_K)] for seq in seqs], narrow.logits.device)
     return narrow.cut(find_top_k_threshold(narrow.sort(), top_k))
+
+
+def _cut_top_p(candidates: Candidates, seqs: list[Sequence]) -> Candidates:
+    top_p = _column(candidates, seqs, lambda params: params.top_p)
+    if candidates.descending is None and candidates.logits.device.type == "cpu":
+        return candidates.cut(find_top_p_threshold_unsorted(candidates.logits, top_p))
+    # On a card sorting is cheap, and to look whether it is needed would mean to wait for it.
+    candidates = candidates.sorted()
+    return candidates.cut(find_top_p_threshold(candidates.sort(), top_p))
 
 
 def _cut_mirostat(candidates: Candidates, seqs: list[Sequence]) -> Candidates:
@@ -235,7 +247,7 @@ STEPS: Mapping[SamplerStep, Step] = {
     SamplerStep.DYNAMIC_TEMPERATURE: _scale_dynamically,
     SamplerStep.QUADRATIC_SAMPLING: _smooth,
     SamplerStep.TOP_K: _cut_top_k,
-    SamplerStep.TOP_P: _make_sorted_cut(find_top_p_threshold, lambda p: p.top_p),
+    SamplerStep.TOP_P: _cut_top_p,
     SamplerStep.TYPICAL_P: _leave_out_untypical,
     SamplerStep.EPSILON_CUTOFF: _make_cut(find_epsilon_threshold, lambda p: p.epsilon_cutoff),
     SamplerStep.ETA_CUTOFF: _make_cut(find_eta_threshold, lambda p: p.eta_cutoff),

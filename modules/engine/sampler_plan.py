@@ -60,6 +60,11 @@ class Plan:
         return not HISTORY_STEPS.isdisjoint(self.steps)
 
     @property
+    def edits_tokens(self) -> bool:
+        """Whether a step looks at single tokens."""
+        return not GREEDY_STEPS.isdisjoint(self.steps)
+
+    @property
     def needs_counts(self) -> bool:
         return not COUNT_STEPS.isdisjoint(self.steps)
 

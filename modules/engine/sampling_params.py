@@ -133,6 +133,8 @@ class SamplingParams:
     """Report what the steps above have made of the probabilities, not what the model said."""
     prompt_logprobs: bool = False
     """Report them of the prompt's tokens too."""
+    hidden_states: bool = False
+    """With each log-probability, report the hidden state that it follows from."""
 
     @property
     def is_greedy(self) -> bool:

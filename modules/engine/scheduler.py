@@ -60,9 +60,14 @@ class ScheduledBatch:
     items: tuple[ScheduledSequence, ...]
 
     @property
+    def ending(self) -> tuple[ScheduledSequence, ...]:
+        """The items after which a new token comes, in order."""
+        return tuple(item for item in self.items if item.is_last_chunk)
+
+    @property
     def sampled(self) -> tuple[ScheduledSequence, ...]:
-        """The items that get a new token, in order. A companion gets that of its sequence."""
-        return tuple(item for item in self.items if item.is_last_chunk and item.seq.primary is None)
+        """Of them those that it is chosen for. A companion gets that of its sequence."""
+        return tuple(item for item in self.ending if item.seq.primary is None)
 
     @property
     def scored(self) -> tuple[ScheduledSequence, ...]:
@@ -108,6 +113,7 @@ def build_output(
         num_cached_tokens=seq.num_cached_tokens or 0,
         logprob=logprobs.logprob if logprobs else None,
         top_logprobs=logprobs.top if logprobs else (),
+        hidden_state=logprobs.hidden_state if logprobs else None,
         is_prompt=is_prompt,
     )
 

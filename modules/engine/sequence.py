@@ -27,6 +27,8 @@ class SequenceRequest:
     request_id: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams = SamplingParams()
+    output_token_ids: tuple[int, ...] = ()
+    """What has been generated already; `max_tokens` counts it."""
     negative_prompt_token_ids: tuple[int, ...] | None = None
     """What `params.guidance_scale` leads away from, at least one token; None: nothing."""
 
@@ -76,9 +78,11 @@ class Sequence:
         self.lookup = PromptLookup(num_lookup_tokens) if num_lookup_tokens > 0 else None
         self.primary: Sequence | None = None
         self.companion: Sequence | None = None
-        if request.negative_prompt_token_ids is not None:
+        if request.negative_prompt_token_ids is not None and not self.only_scores:
             self.companion = self._build_companion(request.negative_prompt_token_ids, max_model_len)
             self.lookup = None
+        for token_id in request.output_token_ids:
+            self.append(token_id)
 
     def _build_companion(self, prompt_token_ids: tuple[int, ...], max_model_len: int) -> Sequence:
         params = SamplingParams(max_tokens=self.max_tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -303,3 +304,30 @@ def test_right_and_wrong_guesses_of_any_length_change_no_token(
     for target in (engine, cold):  # nothing wrong has been left behind
         target.add(request("next", [*prompt, *expected], max_tokens=20))
     assert token_ids(run(engine)["next"]) == token_ids(run(cold)["next"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_deterministic_engines_always_say_the_same(dtype: torch.dtype, make_engine) -> None:
+    model = build_model("llama").to(dtype)
+    wishes = [
+        request(str(i), prompt * 4, temperature=1.0, seed=i, max_tokens=40)
+        for i, prompt in enumerate(random_prompts(32))
+    ]
+    wishes[1] = replace(wishes[1], prompt_token_ids=wishes[0].prompt_token_ids)
+    guided = replace(wishes[2].params, guidance_scale=1.5)
+    wishes[2] = replace(wishes[2], params=guided, negative_prompt_token_ids=(5, 6, 7))
+    guessing = replace(wishes[3].params, prompt_lookup_num_tokens=10)
+    busy = make_engine(model, is_deterministic=True)
+    for wish in (*wishes[:3], replace(wishes[3], params=guessing), *wishes[4:]):
+        busy.add(wish)
+    together: dict[str, list] = {}
+    while busy.has_unfinished:
+        for output in busy.step():
+            together.setdefault(output.request_id, []).append(output.token_id)
+        assert len(busy.scheduler.running) <= 2
+        busy.cache_manager.check_integrity()
+    assert busy.cache_manager.num_retained_blocks == 0
+    for wish in wishes[:6]:
+        fresh = make_engine(model, is_deterministic=True)
+        fresh.add(wish)
+        assert token_ids(run(fresh)[wish.request_id]) == together[wish.request_id]

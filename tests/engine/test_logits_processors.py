@@ -39,6 +39,7 @@ from modules.engine.logits_processors import (
     find_top_k_threshold,
     find_top_n_sigma_threshold,
     find_top_p_threshold,
+    find_top_p_threshold_unsorted,
     keep_tokens,
     leave_out_below,
     leave_out_top_choices,
@@ -82,6 +83,7 @@ SORTED_FILTERS = [
     (find_top_p_threshold, TopPLogitsWarper, [0.01, 0.3, 0.6, 0.9, 0.99, 0.999]),
 ]
 FILTERS = [
+    (find_top_p_threshold_unsorted, TopPLogitsWarper, [0.01, 0.3, 0.6, 0.9, 0.99, 0.999]),
     (find_min_p_threshold, MinPLogitsWarper, [0.001, 0.01, 0.05, 0.2, 0.5, 1.0]),
     (find_epsilon_threshold, EpsilonLogitsWarper, [3e-4, 1e-3, 9e-3, 0.05, 0.2, 0.9]),
     (find_eta_threshold, EtaLogitsWarper, [3e-4, 1e-3, 9e-3, 0.05, 0.2, 0.9]),
@@ -105,6 +107,15 @@ def test_filters_equal_transformers(find, warper, values) -> None:
         assert torch.equal(ours[row], warper(value)(None, logits[row : row + 1].clone())[0]), value
 
 
+def test_top_p_of_rows_that_need_much_and_little_more_than_the_head() -> None:
+    logits = torch.randn(4, 5000, generator=torch.Generator().manual_seed(3))
+    logits[1] *= 6
+    logits[2] *= 0
+    values = column([0.9, 0.9, 0.5, 0.02])
+    expected = find_top_p_threshold(sort_descending(logits), values)
+    assert torch.equal(find_top_p_threshold_unsorted(logits, values), expected)
+
+
 def test_typical_p_equals_transformers() -> None:
     logits, values = random_logits(), [0.05, 0.2, 0.5, 0.8, 0.95, 0.99]
     ours = leave_out_untypical(logits, column(values))
@@ -126,10 +137,12 @@ def test_repetition_penalties_equal_transformers(penalty) -> None:
     logits = random_logits(1)
     seen = torch.tensor([[3, 29, 29, 120]])
     rows, penalties = torch.zeros(4, dtype=torch.long), torch.full((4,), penalty)
-    ours = penalize_repetition(logits, rows, seen[0], penalties)
+    ours = logits.clone()
+    penalize_repetition(ours, rows, seen[0], penalties)
     theirs = RepetitionPenaltyLogitsProcessor(penalty)(seen, logits.clone())
     torch.testing.assert_close(ours, theirs)
-    ours = penalize_repetition(logits, rows, seen[0], 1 / penalties)
+    ours = logits.clone()
+    penalize_repetition(ours, rows, seen[0], 1 / penalties)
     theirs = EncoderRepetitionPenaltyLogitsProcessor(penalty, seen)(None, logits.clone())
     torch.testing.assert_close(ours, theirs)
 
@@ -288,10 +301,11 @@ def test_entropy_and_sums() -> None:
 def test_adding_to_tokens_and_keeping_tokens() -> None:
     logits = torch.zeros(2, 4)
     rows, ids = torch.tensor([0, 0, 1]), torch.tensor([1, 3, 3])
-    added = add_to_tokens(logits, rows, ids, torch.tensor([2.0, -torch.inf, -1.0]))
+    added = logits.clone()
+    add_to_tokens(added, rows, ids, torch.tensor([2.0, -torch.inf, -1.0]))
     assert added.tolist() == [[0, 2, 0, -torch.inf], [0, 0, 0, -1]]
-    only = keep_tokens(logits, rows[:2], ids[:2], torch.tensor([True, False]))
-    assert kept(only) == [{1, 3}, {0, 1, 2, 3}]
+    keep_tokens(logits, rows[:2], ids[:2], torch.tensor([True, False]))
+    assert kept(logits) == [{1, 3}, {0, 1, 2, 3}]
 
 
 # What they share
@@ -342,6 +356,10 @@ def test_a_row_is_the_same_to_the_last_bit_in_any_company(rows) -> None:
         (
             find_top_p_threshold(sort_descending(alone), p),
             find_top_p_threshold(sort_descending(batch), many(p)),
+        ),
+        (
+            find_top_p_threshold_unsorted(alone, p),
+            find_top_p_threshold_unsorted(batch, many(p)),
         ),
         (leave_out_untypical(alone, p), leave_out_untypical(batch, many(p))),
         (prefer_probability(alone, p), prefer_probability(batch, many(p))),
