@@ -78,6 +78,8 @@ class TextDelta:
     text: str
     outputs: tuple[TokenOutput, ...]
     finish_reason: FinishReason | None = None
+    num_repeated_chars: int = 0
+    """With so many characters of the prompt's end do these tokens begin; the text does not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,7 +301,7 @@ def _build_choices(
                 params,
                 negative_prompt_token_ids=prompt.negative_token_ids,
             )
-            choices[request_id] = _Choice(index, sequence, detokenizer)
+            choices[request_id] = _Choice(index, sequence, detokenizer, prompt.num_repeated_chars)
     return choices
 
 
@@ -323,12 +325,17 @@ class _Choice:
     """One sequence on its way to text."""
 
     def __init__(
-        self, index: int, request: SequenceRequest, detokenizer: IncrementalDetokenizer
+        self,
+        index: int,
+        request: SequenceRequest,
+        detokenizer: IncrementalDetokenizer,
+        num_repeated_chars: int,
     ) -> None:
         self.index = index
         self.request = request
         self.detokenizer = detokenizer
         self.is_finished = False
+        self._num_repeated = num_repeated_chars
         self._unsent: list[TokenOutput] = []
         self._scored: list[TokenOutput] = []
 
@@ -376,4 +383,5 @@ class _Choice:
     def _send(self, text: str, finish_reason: FinishReason | None) -> TextDelta:
         self.is_finished = finish_reason is not None
         sent, self._unsent = self._unsent, []
-        return TextDelta(self.index, text, tuple(sent), finish_reason)
+        num_repeated, self._num_repeated = self._num_repeated, 0
+        return TextDelta(self.index, text, tuple(sent), finish_reason, num_repeated)

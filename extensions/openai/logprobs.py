@@ -51,6 +51,7 @@ def make_text_reader(vocabulary: Vocabulary, skip_special_tokens: bool) -> ReadL
             pieces = [vocabulary.bytes_of(output.token_id) for output in outputs]
             offsets = cursor.follow(delta.text, pieces)
         else:
+            cursor.num_chars -= delta.num_repeated_chars
             offsets = [read_offset(cursor, output) for output in outputs]
         return _build_text_logprobs(vocabulary, outputs, offsets)
 
@@ -112,14 +113,16 @@ class _Cursor:
     """A place in the text of a choice, in characters."""
 
     num_chars: int = 0
-    """Characters that have begun."""
+    """Characters that have begun; less than 0 while a prompt's end is repeated that is not in the
+    text.
+    """
 
     def pass_over(self, part: bytes) -> int:
         """Where the character stands that `part` begins with, or goes on with."""
         is_inside = bool(part) and not _begins_character(part[0])
-        if is_inside and self.num_chars == 0:  # it began in the prompt
-            self.num_chars = 1
-        place = self.num_chars - is_inside
+        if is_inside and self.num_chars <= 0:  # it began in the prompt
+            self.num_chars += 1
+        place = max(0, self.num_chars - is_inside)
         self.num_chars += sum(map(_begins_character, part))
         return place
 

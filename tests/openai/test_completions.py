@@ -369,3 +369,21 @@ async def test_whole_answers_are_not(client: httpx.AsyncClient, engine: FakeEngi
     start = time.monotonic()
     await complete(client, max_tokens_second=1)
     assert time.monotonic() - start < 3
+
+
+async def test_offsets_where_a_prompt_was_healed(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    """The first token begins in the prompt, which is in the text with `echo` only."""
+    for prompt, generated, echo, expected in (
+        ("http:", "://", False, [0, 0, 1]),
+        ("http:", "://", True, [0, 1, 2, 3, 4, 5, 6]),
+        ("é", "é!".encode()[1:], False, [0, 0]),
+        ("é", "é!".encode()[1:], True, [0, 0, 1]),
+    ):
+        engine.enqueue(tuple(generated) if isinstance(generated, bytes) else generated)
+        body = {"prompt": prompt, "token_healing": True, "echo": echo, "logprobs": 0}
+        choice = (await complete(client, **body))["choices"][0]
+        offsets = choice["logprobs"]["text_offset"]
+        assert offsets[: len(expected)] == expected, (prompt, echo)
+        assert offsets[len(expected) :] == [len(choice["text"])]
