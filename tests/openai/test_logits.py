@@ -113,6 +113,25 @@ async def test_a_ban_shows(real: httpx.AsyncClient, model: LoadedModel) -> None:
     assert (await ask(real, use_samplers=True, **ban, top_logits=SIZE))[first] == 0.0
 
 
+async def test_guidance_shows(real: httpx.AsyncClient, tiny: PreTrainedModel) -> None:
+    answer = await ask(
+        real, use_samplers=True, guidance_scale=2.0, negative_prompt="x", top_logits=5
+    )
+    positive, negative = expect(tiny, "Hello").log(), expect(tiny, "x").log()
+    expected = (negative + 2 * (positive - negative)).softmax(-1).topk(5).values
+    assert list(answer.values()) == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "search",
+    [{"num_beams": 3, "do_sample": False}, {"penalty_alpha": 0.6, "top_k": 4, "do_sample": False}],
+)
+async def test_searches_are_answered(real: httpx.AsyncClient, search: dict[str, object]) -> None:
+    plain = await ask(real, top_logits=5)
+    assert await ask(real, **search, top_logits=5) == plain
+    assert len(await ask(real, use_samplers=True, **search, top_logits=5)) == 5
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
