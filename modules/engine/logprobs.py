@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from modules.engine.logits_processors import find_highest
 from modules.engine.outputs import TopLogprobs
 from modules.engine.transfer import upload
 
@@ -30,13 +31,17 @@ def compute_logprobs(logits: Tensor, token_ids: list[int], num_tops: list[int]) 
     Raises FloatingPointError when a row has no probabilities, since it holds what is no number.
     """
     logprobs = logits.log_softmax(-1)
-    ids = upload(token_ids, logits.device, torch.long)
-    chosen = logprobs.gather(-1, ids[:, None])[:, 0].tolist()
-    if any(map(math.isnan, chosen)):
-        raise FloatingPointError("logits are not finite")
+    ids = upload([[token_id] for token_id in token_ids], logits.device, torch.long)
+    chosen = logprobs.gather(-1, ids)
     num_most = min(max(num_tops), logits.shape[-1])
-    top_logprobs, top_ids = (part.tolist() for part in logprobs.topk(num_most))
+    top, top_ids = find_highest(logprobs, num_most)
+    # In one copy, as a card is waited for; float64 holds every token id.
+    rows = torch.cat([chosen.double(), top.double(), top_ids.double()], dim=-1).tolist()
+    if any(math.isnan(row[0]) for row in rows):
+        raise FloatingPointError("logits are not finite")
     return [
-        Logprobs(logprob, tuple(zip(top_ids[row][:num], top_logprobs[row][:num], strict=True)))
-        for row, (logprob, num) in enumerate(zip(chosen, num_tops, strict=True))
+        Logprobs(
+            row[0], tuple(zip(map(int, row[1 + num_most :][:num]), row[1:][:num], strict=True))
+        )
+        for row, num in zip(rows, num_tops, strict=True)
     ]
