@@ -12,6 +12,7 @@ import ssl
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -97,9 +98,17 @@ def test_concurrent_greedy_streams_equal_single_ones(server: Server, http: httpx
         for question in QUESTIONS
     ]
 
-    async def stream(client: httpx.AsyncClient, question: str) -> str:
+    assert len(QUESTIONS) == 32
+    bodies = [{"messages": ask(question), **options} for question in QUESTIONS]
+    assert stream_all(server, bodies) == alone
+
+
+def stream_all(server: Server, bodies: list[dict[str, Any]]) -> list[str]:
+    """The texts of chats that are all streamed at the same time."""
+
+    async def stream(client: httpx.AsyncClient, body: dict[str, Any]) -> str:
         text = ""
-        body = {"messages": ask(question), "stream": True, **options}
+        body = {**body, "stream": True}
         async with client.stream("POST", "/v1/chat/completions", json=body) as response:
             async for line in response.aiter_lines():
                 if line.startswith("data: {"):
@@ -107,13 +116,38 @@ def test_concurrent_greedy_streams_equal_single_ones(server: Server, http: httpx
                     text += delta.get("content", "")
         return text
 
-    async def all_streams() -> list[str]:
+    async def run() -> list[str]:
         limits = httpx.Limits(max_connections=64)
         async with httpx.AsyncClient(base_url=server.url, timeout=300, limits=limits) as client:
-            return await asyncio.gather(*(stream(client, question) for question in QUESTIONS))
+            return await asyncio.gather(*(stream(client, body) for body in bodies))
 
-    assert len(QUESTIONS) == 32
-    assert asyncio.run(all_streams()) == alone
+    return asyncio.run(run())
+
+
+TASTES: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.7, "top_p": 0.9},
+    {"top_k": 40, "min_p": 0.05, "repetition_penalty": 1.15, "temperature_last": True},
+    {"preset": "Midnight Enigma"},
+    {"mirostat_mode": 2, "mirostat_tau": 4},
+    {"xtc_probability": 0.5, "dry_multiplier": 0.8, "sampler_priority": "xtc, temperature, dry"},
+    {"typical_p": 0.9, "presence_penalty": 0.5, "logit_bias": {"260": -100}},
+    {"adaptive_target": 0.4, "no_repeat_ngram_size": 3},
+]
+
+
+def test_a_seed_gives_the_same_text_in_company_and_after_a_restart(
+    server: Server, http: httpx.Client, start_server
+) -> None:
+    bodies = [
+        {"messages": ask(question), "seed": i, "max_tokens": 12, **TASTES[i % len(TASTES)]}
+        for i, question in enumerate(QUESTIONS)
+    ]
+    alone = [chat(http, **body)["choices"][0]["message"]["content"] for body in bodies]
+    assert stream_all(server, bodies) == alone
+    assert len(set(alone)) > 24
+    restarted = start_server("--api", "--max-model-len", str(MAX_MODEL_LEN)).wait_until_ready()
+    assert stream_all(restarted, bodies[:8]) == alone[:8]
 
 
 @pytest.mark.parametrize("stream", [True, False])
