@@ -31,12 +31,14 @@ def compute_logprobs(logits: Tensor, token_ids: list[int], num_tops: list[int]) 
     """
     logprobs = logits.log_softmax(-1)
     ids = upload(token_ids, logits.device, torch.long)
-    chosen = logprobs.gather(-1, ids[:, None])[:, 0].tolist()
-    if any(map(math.isnan, chosen)):
-        raise FloatingPointError("logits are not finite")
     num_most = min(max(num_tops), logits.shape[-1])
-    top_logprobs, top_ids = (part.tolist() for part in logprobs.topk(num_most))
+    most = logprobs.topk(num_most)
+    # In one copy; float64 holds every token id.
+    parts = (logprobs.gather(-1, ids[:, None]), most.values, most.indices)
+    rows = torch.cat([part.double() for part in parts], dim=-1).tolist()
+    if any(math.isnan(chosen) for chosen, *_ in rows):
+        raise FloatingPointError("logits are not finite")
     return [
-        Logprobs(logprob, tuple(zip(top_ids[row][:num], top_logprobs[row][:num], strict=True)))
-        for row, (logprob, num) in enumerate(zip(chosen, num_tops, strict=True))
+        Logprobs(chosen, tuple(zip(map(int, tops[num_most:]), tops[:num_most], strict=True))[:num])
+        for (chosen, *tops), num in zip(rows, num_tops, strict=True)
     ]

@@ -56,10 +56,11 @@ def test_recorded_steps_equal_those_that_are_not(model: PreTrainedModel) -> None
 
 @pytest.mark.parametrize(
     "wishes",
-    [{}, {"temperature": 1.0, "top_p": 0.9}, {"repetition_penalty": 1.2, "num_logprobs": 0}],
+    [{}, {"temperature": 1.0, "top_p": 0.9}, {"repetition_penalty": 1.2, "num_logprobs": 2}],
     ids=str,
 )
 def test_a_step_waits_for_the_card_once(model: PreTrainedModel, wishes: dict) -> None:
+    """And once more where log-probabilities are reported."""
     engine = build_engine(model)
     for number, prompt in enumerate(random_prompts(3)):
         engine.add(request(str(number), prompt, max_tokens=20, **wishes))
@@ -72,4 +73,6 @@ def test_a_step_waits_for_the_card_once(model: PreTrainedModel, wishes: dict) ->
             engine.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert len([w for w in caught if "synchroniz" in str(w.message)]) == 1
+    assert len([w for w in caught if "synchroniz" in str(w.message)]) == 1 + (
+        "num_logprobs" in wishes
+    )
