@@ -24,6 +24,7 @@ from transformers import (
 from modules.engine.sampler import sample
 from modules.engine.sampling_params import DEFAULT_SAMPLER_ORDER, SamplerStep, SamplingParams
 from modules.engine.sequence import Sequence, SequenceRequest
+from modules.errors import NoTokenLeftError
 
 
 def random_logits(rows: int = 4, vocab: int = 50) -> torch.Tensor:
@@ -143,7 +144,7 @@ def test_nothing_ends_a_text_before_its_time() -> None:
 def test_where_no_token_is_left_nothing_is_made_up() -> None:
     logits = random_logits(1)
     for wishes in ({}, {"top_p": 0.5}, {"temperature": 0}):
-        with pytest.raises(FloatingPointError):
+        with pytest.raises(NoTokenLeftError):
             sample(
                 logits, [sequence(allowed_token_ids=(3,), logit_bias=((3, -math.inf),), **wishes)]
             )
