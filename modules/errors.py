@@ -17,6 +17,7 @@ ServerError
 └── EngineError
     ├── EngineDeadError              the inference thread has ended; nothing can be generated
     ├── GenerationFailedError        a fault inside the engine ended this generation
+    │   └── NoTokenLeftError         all that might come next has been left out, on request
     └── GenerationAbortedError       the server ended this generation, not the client
 """
 
@@ -103,6 +104,10 @@ class EngineDeadError(EngineError):
 class GenerationFailedError(EngineError):
     def __init__(self) -> None:
         super().__init__("The model failed while it was generating this reply.")
+
+
+class NoTokenLeftError(GenerationFailedError):
+    pass
 
 
 class GenerationAbortedError(EngineError):

@@ -153,11 +153,16 @@ def _to_prompt(model: LoadedModel, prompt: str | tuple[int, ...], request: TextR
         max_len = min(max_len, request.truncation.max_len)
         encoded = encoded.cut(request.truncation.max_prompt_len)
     _check(model, encoded.token_ids, max_len, request.prompt_param)
-    params = _fit_params(model, params, len(encoded.token_ids), request)
+    negative = _encode_negative(model, request, max_len)
+    num_longest = max(len(encoded.token_ids), len(negative or ()))
+    room = max_len - (num_longest if model.continues_prompt else 1)
+    params = _fit_params(model, params, len(encoded.token_ids), request, room)
     accepted = _Prompt(encoded.token_ids, params)
     if request.heals_tokens and isinstance(prompt, str) and model.continues_prompt:
         accepted = _heal(model, encoded.token_ids, params, request.skip_special_tokens)
-    return replace(accepted, negative_token_ids=_encode_negative(model, request, accepted, max_len))
+    if negative is not None:
+        accepted = replace(accepted, negative_token_ids=negative or accepted.token_ids[-1:])
+    return accepted
 
 
 def _find_max_len(model: LoadedModel, request: TextRequest) -> int:
@@ -167,27 +172,28 @@ def _find_max_len(model: LoadedModel, request: TextRequest) -> int:
 
 
 def _encode_negative(
-    model: LoadedModel, request: TextRequest, prompt: _Prompt, max_len: int
+    model: LoadedModel, request: TextRequest, max_len: int
 ) -> tuple[int, ...] | None:
-    if request.negative_prompt is None:
-        return None
+    """Of an empty one, nothing."""
     if not request.negative_prompt:
-        return prompt.token_ids[-1:]
+        return None if request.negative_prompt is None else ()
     encoded = encode_prompt(model, request.negative_prompt, True, request.add_bos_token)
     _check(model, encoded.token_ids, max_len, "negative_prompt")
     return encoded.token_ids
 
 
 def _fit_params(
-    model: LoadedModel, params: SamplingParams, num_prompt_tokens: int, request: TextRequest
+    model: LoadedModel,
+    params: SamplingParams,
+    num_prompt_tokens: int,
+    request: TextRequest,
+    room: int,
 ) -> SamplingParams:
-    """Limits on prompt and reply together become limits on the reply."""
+    """Limits on prompt and reply together become limits on the reply, which has `room`."""
     if request.min_len:
         num_counted = num_prompt_tokens if model.continues_prompt else 0
         params = replace(params, min_tokens=max(params.min_tokens, request.min_len - num_counted))
     if request.truncation is not None or request.search is not None:
-        max_len = request.truncation.max_len if request.truncation else model.max_model_len
-        room = max_len - (num_prompt_tokens if model.continues_prompt else 1)
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         params = replace(params, max_tokens=max_tokens)
     return params

@@ -20,7 +20,7 @@ from modules.engine.generate_engine import GenerateEngine
 from modules.engine.outputs import TokenOutput
 from modules.engine.scheduler import ScheduledBatch
 from modules.engine.sequence import SequenceRequest
-from modules.errors import EngineDeadError, GenerationAbortedError, ServerError
+from modules.errors import EngineDeadError, GenerationAbortedError, NoTokenLeftError, ServerError
 
 logger = logging.getLogger(__name__)
 
@@ -171,6 +171,8 @@ class AsyncEngine:
                 outputs += self._engine.execute(unit)
                 self._num_failed_steps = 0
             except Exception as error:
+                if isinstance(error, NoTokenLeftError):  # what the request asked for; all is well
+                    self._num_failed_steps = 0
                 if self._num_failed_steps >= MAX_FAILED_STEPS:
                     raise
                 _log("A generation has failed", error)

@@ -39,7 +39,8 @@ async def search_beams(
     eos_token_ids: frozenset[int],
 ) -> AsyncGenerator[list[TokenOutput], None]:
     """Yields the outputs of the best beams when they are known, the best one's as the answer to the
-    first of `requests`, which only differ in their ids.
+    first of `requests`, which only differ in their ids; those that there are, without an end maybe,
+    when the engine is told to abort.
 
     Their `max_tokens` must be given. What only changes how tokens are drawn, such as the
     temperature, is not applied; log-probabilities are those after all other steps.
@@ -54,9 +55,12 @@ async def search_beams(
     while search.live:
         beams = [beam.token_ids for beam in search.live]
         outputs = await read_continuations(generate, first, params, beams)
+        if not outputs:
+            break
         search.advance([output for (output,) in outputs])
+    best = search.complete or search.live
     for rank, request in enumerate(requests):
-        beam = search.complete[min(rank, len(search.complete) - 1)]
+        beam = best[min(rank, len(best) - 1)]
         yield [replace(output, request_id=request.request_id) for output in beam.outputs]
 
 
@@ -117,7 +121,11 @@ class _Search:
         return _Beam((*beam.outputs, output), total)
 
     def _score(self, beam: _Beam) -> float:
-        return beam.sum_logprobs / math.pow(len(beam.outputs), self._options.length_penalty)
+        """The order of sum / length ** penalty, which may be too large or too small for a float."""
+        if beam.sum_logprobs >= 0:
+            return math.inf
+        by_length = self._options.length_penalty * math.log(len(beam.outputs))
+        return by_length - math.log(-beam.sum_logprobs)
 
     def _is_over(self) -> bool:
         """No better beam is to be expected; exact only where longer ones do not score higher."""

@@ -36,6 +36,7 @@ async def read_continuations(
     continuations: list[tuple[int, ...]],
 ) -> list[list[TokenOutput]]:
     """The outputs for each of them, in order: the next token, and what `params` ask for besides.
+    Nothing when the engine was told to abort one of them.
 
     Raises GenerationFailedError and GenerationAbortedError.
     """
@@ -54,7 +55,8 @@ async def read_continuations(
             for output in outputs:
                 _require_success(output)
                 found[output.request_id].append(output)
-    return [found[wish.request_id] for wish in requests]
+    read = [found[wish.request_id] for wish in requests]
+    return read if all(own and own[-1].finish_reason is not None for own in read) else []
 
 
 def _require_success(output: TokenOutput) -> None:

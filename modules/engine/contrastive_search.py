@@ -40,7 +40,7 @@ async def search_contrastively(
     options: ContrastiveOptions,
     eos_token_ids: frozenset[int],
 ) -> AsyncGenerator[list[TokenOutput], None]:
-    """Yields each token as soon as it is chosen.
+    """Yields each token as soon as it is chosen, until the engine is told to abort.
 
     `max_tokens` must be given. What only changes how tokens are drawn, such as the temperature, is
     not applied; log-probabilities are those after all other steps.
@@ -49,13 +49,18 @@ async def search_contrastively(
     """
     params = replace(to_step_params(request.params, options.top_k), hidden_states=True)
     of_prompt = replace(params, prompt_logprobs=True)
-    (read,) = await read_continuations(generate, request, of_prompt, [()])
+    prompts = await read_continuations(generate, request, of_prompt, [()])
+    if not prompts:
+        return
+    (read,) = prompts
     context = _Context(_stack(read))
     before, token_ids, reason = read[-1], tuple[int, ...](), None
     while reason is None:
         tops = [top for top in before.top_logprobs if top[1] > -math.inf]
         tried = [(*token_ids, token_id) for token_id, _ in tops]
         read_all = await read_continuations(generate, request, params, tried)
+        if not read_all:
+            return
         outputs = [last for (last,) in read_all]
         states = _stack(outputs)
         probs = np.exp([logprob for _, logprob in tops])

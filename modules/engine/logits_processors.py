@@ -200,7 +200,7 @@ def leave_out_top_choices(logits: Tensor, threshold: Tensor, is_protected: Tenso
 
     A row is left alone by a threshold above 1. `is_protected` [num_rows, num_candidates].
     """
-    is_choice = logits.softmax(-1) >= threshold
+    is_choice = (logits.softmax(-1) >= threshold) & logits.isfinite()
     least = torch.where(is_choice, logits, torch.inf).amin(-1, keepdim=True)
     leaves_out = is_choice & (logits > least)
     is_spoilt = (leaves_out & is_protected).any(-1, keepdim=True)
@@ -232,21 +232,26 @@ def find_highest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     Where there are many, only the blocks with the highest maxima are looked into: each that holds
     one of the highest logits is among as many.
     """
-    if 2 * count * BLOCK > logits.shape[-1]:
+    num_blocks = logits.shape[-1] // BLOCK
+    if 2 * count > num_blocks:
         values, places = logits.topk(count)
         return values, places
-    blocks = _in_pieces(logits, BLOCK, -torch.inf)
+    # The last ones join in as they are: what fills a block up could be chosen where few are left.
+    blocks = logits[:, : num_blocks * BLOCK].unflatten(-1, (num_blocks, BLOCK))
+    tail = logits[:, num_blocks * BLOCK :]
     chosen = blocks.amax(-1).topk(count, sorted=False).indices
     members = blocks.gather(1, chosen[..., None].expand(-1, -1, BLOCK)).flatten(1)
-    values, order = members.topk(count)
-    return values, chosen.gather(-1, order // BLOCK) * BLOCK + order % BLOCK
+    values, order = torch.cat([members, tail], -1).topk(count)
+    inside = chosen.gather(-1, (order // BLOCK).clamp(max=count - 1)) * BLOCK + order % BLOCK
+    outside = order + (num_blocks - count) * BLOCK
+    return values, torch.where(order < count * BLOCK, inside, outside)
 
 
-def _in_pieces(values: Tensor, size: int, rest: float = 0.0) -> Tensor:
-    """[num_rows, n] → [num_rows, num_pieces, size], filled up with `rest`."""
+def _in_pieces(values: Tensor, size: int) -> Tensor:
+    """[num_rows, n] → [num_rows, num_pieces, size], filled up with 0."""
     num_missing = -values.shape[-1] % size
     if num_missing:
-        values = torch.nn.functional.pad(values, (0, num_missing), value=rest)
+        values = torch.nn.functional.pad(values, (0, num_missing))
     return values.reshape(len(values), -1, size)
 
 

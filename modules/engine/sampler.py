@@ -24,6 +24,7 @@ from modules.engine.sampler_plan import Plan, learn
 from modules.engine.scheduler import SampledToken
 from modules.engine.sequence import Sequence
 from modules.engine.transfer import upload
+from modules.errors import NoTokenLeftError
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +41,8 @@ class _Choice:
 def sample(logits: Tensor, seqs: list[Sequence]) -> list[SampledToken]:
     """One token for each of `seqs`; `logits` [num_seqs, vocab_size], float32.
 
-    Raises FloatingPointError when the model has computed something that is no number, or no token
-    is left that may be generated.
+    Raises FloatingPointError when the model has computed something that is no number, and
+    NoTokenLeftError when no token is left that may be generated.
     """
     own = logits.clone() if any(map(_edits_tokens, seqs)) else logits
     _restrict(own, seqs)
@@ -79,7 +80,7 @@ def _fetch(logits: Tensor, seqs: list[Sequence], choices: list[_Choice]) -> list
     tokens: dict[int, SampledToken] = {}
     for row, token_id, logit, prob, earlier in zip(places, *columns, strict=True):
         if not math.isfinite(logit):
-            raise FloatingPointError("no token is left")
+            raise NoTokenLeftError
         seq = seqs[row]
         state = learn(seq.params, seq.sampler_state, prob, earlier)
         tokens[row] = SampledToken(int(token_id), sampler_state=state)

@@ -65,6 +65,11 @@ class Plan:
         return not GREEDY_STEPS.isdisjoint(self.steps)
 
     @property
+    def num_uniforms(self) -> int:
+        """Random numbers that a token takes."""
+        return 0 if self.is_greedy else 1 + (SamplerStep.XTC in self.steps)
+
+    @property
     def needs_counts(self) -> bool:
         return not COUNT_STEPS.isdisjoint(self.steps)
 
@@ -77,7 +82,7 @@ def plan(params: SamplingParams) -> Plan:
         is_greedy=params.is_greedy,
         steps=tuple(_narrow_early(active)),
         width=max(MIN_WIDTH, 1 << (params.top_k - 1).bit_length()) if params.top_k > 0 else 0,
-        mirostat_mode=params.mirostat_mode,
+        mirostat_mode=0 if params.is_greedy else params.mirostat_mode,
     )
 
 

@@ -114,6 +114,9 @@ class Sequence:
 
     def append(self, token_id: int, sampler_state: SamplerState | None = None) -> None:
         """`sampler_state` is what the sampler has learnt from that token."""
+        # Of a token that a fork has drawn, this one has taken no number yet.
+        for number in range(self.plan.num_uniforms):
+            self.uniform(number)
         self._uniforms = []
         self.token_ids.append(token_id)
         self.sampler_state = sampler_state or self.sampler_state
@@ -136,8 +139,10 @@ class Sequence:
         return None
 
     def fork(self) -> Sequence:
-        """One that goes on apart, but draws from the same random numbers."""
+        """One that goes on apart, and draws the random numbers that this one would."""
         other = copy.copy(self)
+        other.generator = copy.copy(self.generator)
+        other._uniforms = self._uniforms.copy()
         other.token_ids = self.token_ids.copy()
         other.history = self.history and self.history.copy()
         other.output_counts = self.output_counts and self.output_counts.copy()

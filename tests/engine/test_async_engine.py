@@ -193,3 +193,12 @@ async def test_everything_can_be_ended_at_once(engine) -> None:
     assert max(counts) >= 1
     assert sum(counts) < 3 * 511, "the context was filled"
     await until_idle(engine)
+
+
+async def test_requests_that_leave_no_token_are_not_the_models_fault(engine) -> None:
+    wishes = {"allowed_token_ids": (6,), "no_repeat_ngram_size": 1}
+    for number in range(2 * MAX_FAILED_STEPS):
+        steps = engine.generate([request(str(number), [5, 6], **wishes)])
+        outputs = [output for outputs in [o async for o in steps] for output in outputs]
+        assert [output.finish_reason for output in outputs] == [FinishReason.ERROR]
+    await collect(engine, request("good", [5, 6]))

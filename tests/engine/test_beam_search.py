@@ -12,11 +12,14 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from modules.engine import searches
 from modules.engine.async_engine import AsyncEngine
 from modules.engine.beam_search import BeamOptions, search_beams
+from modules.engine.contrastive_search import ContrastiveOptions
 from modules.engine.engine import Engine, EngineConfig
 from modules.engine.generate_engine import GenerateEngine
 from modules.engine.outputs import FinishReason, TokenOutput
+from modules.engine.searches import SearchOptions
 from modules.engine.sequence import SequenceRequest
 from modules.errors import GenerationAbortedError, GenerationFailedError
 from tests.engine.conftest import request, token_ids
@@ -181,3 +184,35 @@ def test_a_failure_is_passed_on(reason: FinishReason, error: type[Exception]) ->
 
     with pytest.raises(error):
         collect(search_beams(fail, [request("a", [5])], BeamOptions(num_beams=2), frozenset()))
+
+
+@pytest.mark.parametrize("length_penalty", [1e6, -1e6])
+def test_no_length_penalty_is_too_much(length_penalty: float, tiny_model) -> None:
+    options = BeamOptions(num_beams=3, length_penalty=length_penalty)
+    (found,) = search(tiny_model, [5, 6, 7], options, eos_token_ids=EOS)
+    assert found
+
+
+@pytest.mark.parametrize("is_contrastive", [False, True])
+def test_what_is_told_to_abort_ends(is_contrastive: bool, tiny_model) -> None:
+    engine = AsyncEngine(build_engine(copy.deepcopy(tiny_model)))
+    options: SearchOptions = BeamOptions(num_beams=3)
+    if is_contrastive:
+        options = ContrastiveOptions(penalty_alpha=0.6, top_k=3)
+
+    async def generate_a_little(
+        requests: list[SequenceRequest],
+    ) -> AsyncGenerator[list[TokenOutput], None]:
+        steps = engine.generate(requests)
+        if len(requests[0].output_token_ids) == 4:
+            asyncio.get_running_loop().call_soon(engine.abort_all)
+        async for outputs in steps:
+            yield outputs
+
+    try:
+        wish = request("a", [5, 6, 7], max_tokens=400)
+        found = collect(searches.search(generate_a_little, [wish], options, frozenset()))["a"]
+    finally:
+        engine.stop()
+    assert len(found) >= 3
+    assert all(output.finish_reason is None for output in found)

@@ -386,3 +386,22 @@ def test_what_is_below_is_left_out() -> None:
     kept_logits = leave_out_below(logits, torch.tensor([[2.0], [-torch.inf]]))
     assert kept_logits.tolist() == [[-torch.inf, 2, -torch.inf], [5, 6, 7]]
     assert torch.equal(leave_out_below(logits[:1].expand(2, -1), logits[:, :1])[0], logits[0])
+
+
+def test_xtc_counts_no_token_that_was_left_out() -> None:
+    """Not even where every probability is a top choice."""
+    logits = torch.tensor([[1.0, -torch.inf, 3.0, 2.0]])
+    left = leave_out_top_choices(logits, torch.tensor([[0.0]]), torch.zeros(1, 4, dtype=torch.bool))
+    assert left.isfinite().tolist() == [[True, False, False, False]]
+
+
+@pytest.mark.parametrize("vocab", [4096, 4097, 5000, 33001])
+@pytest.mark.parametrize("count", [3, 64])
+def test_the_highest_are_in_the_vocabulary(vocab: int, count: int) -> None:
+    logits = torch.full((4, vocab), -torch.inf)
+    places = torch.tensor([[7, 100], [vocab - 1, 3], [vocab - 2, vocab - 1], [31, 32]])
+    logits.scatter_(-1, places, torch.tensor([[1.0, 2.0]]).expand(4, -1))
+    values, found = find_highest(logits, count)
+    assert found.max() < vocab
+    assert found[:, :2].tolist() == places.flip(-1).tolist()
+    assert torch.equal(logits.gather(-1, found), values)

@@ -24,6 +24,7 @@ from transformers import (
 from modules.engine.sampler import sample
 from modules.engine.sampling_params import DEFAULT_SAMPLER_ORDER, SamplerStep, SamplingParams
 from modules.engine.sequence import Sequence, SequenceRequest
+from modules.errors import NoTokenLeftError
 
 
 def random_logits(rows: int = 4, vocab: int = 50) -> torch.Tensor:
@@ -143,7 +144,7 @@ def test_nothing_ends_a_text_before_its_time() -> None:
 def test_where_no_token_is_left_nothing_is_made_up() -> None:
     logits = random_logits(1)
     for wishes in ({}, {"top_p": 0.5}, {"temperature": 0}):
-        with pytest.raises(FloatingPointError):
+        with pytest.raises(NoTokenLeftError):
             sample(
                 logits, [sequence(allowed_token_ids=(3,), logit_bias=((3, -math.inf),), **wishes)]
             )
@@ -489,3 +490,27 @@ def test_processed_logprobs_are_those_of_the_draw() -> None:
     expected = (logits[1] / 0.5).log_softmax(-1)[tokens[1].token_id].item()
     assert tokens[1].logprobs.logprob == pytest.approx(expected, abs=1e-5)
     assert tokens[2].logprobs is None
+
+
+def test_a_draft_that_came_to_nothing_has_taken_no_random_number() -> None:
+    """The step has failed after it: what is tried again draws the same."""
+    logits = random_logits(40)
+    wishes = {"seed": 5, "xtc_probability": 0.5, "temperature": 2.0}
+    expected, drawn = sequence(**wishes), []
+    for row in logits:
+        (token,) = sample(row[None], [expected])
+        expected.append(token.token_id, token.sampler_state)
+        drawn.append(token.token_id)
+    seq = sequence(**wishes)
+    for _ in range(2):
+        fork = seq.fork()
+        for row in logits[:20]:
+            (token,) = sample(row[None], [fork])
+            fork.append(token.token_id, token.sampler_state)
+        assert fork.token_ids[1:] == drawn[:20]
+    for token_id in drawn[:20]:
+        seq.append(token_id)
+    for row in logits[20:]:
+        (token,) = sample(row[None], [seq])
+        seq.append(token.token_id, token.sampler_state)
+    assert seq.token_ids[1:] == drawn

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import anyio
 import httpx
 import pytest
 from transformers import PreTrainedModel
@@ -179,3 +180,26 @@ async def test_what_makes_no_sense_is_refused(
     response = await client.post("/v1/completions", json=body)
     code = "context_length_exceeded" if len(str(fields)) > 300 else None
     assert_error_shape(response, 400, param=param, code=code)
+
+
+async def test_a_guided_search_ends_where_its_pair_fills_the_context(
+    client, manager, reference
+) -> None:
+    """Its own engine: each of two has half of the cache."""
+    config = EngineConfig(max_model_len=256, num_cache_tokens=256)
+    engine = Engine(copy.deepcopy(reference), config)
+    bridge = AsyncEngine(engine)
+    manager.model = replace(
+        manager.model, engine=bridge, max_model_len=256, max_guided_len=engine.max_guided_len
+    )
+    fields = {"guidance_scale": 2.0, "num_beams": 2, "max_tokens": 250}
+    try:
+        for negative in ("bad", "bad " * 30):
+            body = {"prompt": PROMPT, "do_sample": False, "negative_prompt": negative, **fields}
+            with anyio.fail_after(60):
+                response = await client.post("/v1/completions", json=body)
+            assert response.status_code == 200, response.text
+            num_longest = max(len(PROMPT), len(negative))
+            assert response.json()["usage"]["completion_tokens"] == 128 - num_longest
+    finally:
+        bridge.stop()
