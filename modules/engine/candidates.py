@@ -36,13 +36,12 @@ class Candidates:
     earlier_probs: Tensor | None = None
     """Probabilities as adaptive-p has found them."""
 
-    def sort(self) -> Tensor:
-        """`descending`, in any case."""
-        return sort_descending(self.logits) if self.descending is None else self.descending
-
-    def sorted(self) -> Candidates:
-        """Remembering `descending`."""
-        return replace(self, descending=self.sort())
+    def with_descending(self) -> tuple[Candidates, Tensor]:
+        """The same, knowing its logits in descending order; and these."""
+        if self.descending is not None:
+            return self, self.descending
+        descending = sort_descending(self.logits)
+        return replace(self, descending=descending), descending
 
     def reshape(self, change: Callable[[Tensor], Tensor]) -> Candidates:
         """Change the logits by a function that looks at a row as a whole, in whatever order, and
@@ -68,7 +67,7 @@ class Candidates:
     def narrow(self, width: int) -> Candidates:
         """Only the `width` likeliest tokens, in descending order; all, if there are no more."""
         if width >= self.logits.shape[-1]:
-            return self.sorted()
+            return self.with_descending()[0]
         logits, places = find_highest(self.logits, width)
         return replace(
             self,

@@ -7,6 +7,7 @@ step one is made.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from modules.engine.scheduler import ScheduledSequence
@@ -38,7 +39,8 @@ def guide(logits: Tensor, items: tuple[ScheduledSequence, ...]) -> Tensor:
 
 def apply_guidance(logits: Tensor, negative: Tensor, scale: Tensor) -> Tensor:
     """Log-probabilities, as many times further from the negative ones as `scale` [num_rows] says;
-    both [num_rows, vocab_size].
+    both [num_rows, vocab_size]. What the model itself rules out stays ruled out.
     """
     origin = negative.log_softmax(-1)
-    return origin + scale[:, None] * (logits.log_softmax(-1) - origin)
+    guided = origin + scale[:, None] * (logits.log_softmax(-1) - origin)
+    return guided.masked_fill(logits.isneginf() | negative.isneginf(), -torch.inf)

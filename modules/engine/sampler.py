@@ -23,6 +23,7 @@ from modules.engine.sampler_chain import STEPS, join
 from modules.engine.sampler_plan import Plan, learn
 from modules.engine.scheduler import SampledToken
 from modules.engine.sequence import Sequence
+from modules.engine.token_history import NO_IDS
 from modules.engine.transfer import upload
 from modules.errors import NoTokenLeftError
 
@@ -44,8 +45,7 @@ def sample(logits: Tensor, seqs: list[Sequence]) -> list[SampledToken]:
     Raises FloatingPointError when the model has computed something that is no number, and
     NoTokenLeftError when no token is left that may be generated.
     """
-    own = logits.clone() if any(map(_edits_tokens, seqs)) else logits
-    _restrict(own, seqs)
+    own = _restrict(logits, seqs)
     groups: dict[Plan, list[int]] = defaultdict(list)
     for row, seq in enumerate(seqs):
         groups[seq.plan].append(row)
@@ -70,7 +70,7 @@ def _choose(logits: Tensor, seqs: list[Sequence], plan: Plan, rows: list[int]) -
 
 
 def _fetch(logits: Tensor, seqs: list[Sequence], choices: list[_Choice]) -> list[SampledToken]:
-    """What there is to know on the host, in one copy: a card is waited for once."""
+    """What there is to know of the tokens on the host, in one copy: a card is waited for once."""
     places = [row for choice in choices for row in choice.rows]
     chosen = torch.cat([_look_up(choice) for choice in choices], dim=-1)
     # float64 holds every token id
@@ -111,10 +111,11 @@ def _report(
     plain = [row for row in asked if not seqs[row].params.processed_logprobs]
     if plain:
         found |= _score(logits, plain, plain, seqs, tokens)
+    processed = set(asked).difference(plain)
     for choice in choices:
-        rows = [row for row in choice.rows if row in asked and row not in plain]
-        if rows:
-            places = [choice.rows.index(row) for row in rows]
+        places = [place for place, row in enumerate(choice.rows) if row in processed]
+        if places:
+            rows = [choice.rows[place] for place in places]
             found |= _score(choice.candidates.widen().logits, places, rows, seqs, tokens)
     return found
 
@@ -138,38 +139,20 @@ def _score(
 # What comes before every step
 
 
-def _edits_tokens(seq: Sequence) -> bool:
-    return seq.plan.edits_tokens or _find_allowed(seq) is not None or bool(_find_biases(seq))
-
-
-def _restrict(logits: Tensor, seqs: list[Sequence]) -> None:
-    """Leave out what must not be generated now, and add what single tokens were given; in place."""
-    allowed = {row: ids for row, seq in enumerate(seqs) if (ids := _find_allowed(seq)) is not None}
-    if allowed:
-        rows = range(len(seqs))
-        pairs = join([np.array(allowed.get(row, ()), np.int64) for row in rows], logits.device)
-        restricted = upload([row in allowed for row in rows], logits.device)
-        keep_tokens(logits, *pairs, restricted)
-    biases = [_find_biases(seq) for seq in seqs]
+def _restrict(logits: Tensor, seqs: list[Sequence]) -> Tensor:
+    """Logits that steps may write into: without what must not be generated now, and with what was
+    given to single tokens.
+    """
+    allowed = [seq.token_rules.find_allowed(seq.num_output_tokens) for seq in seqs]
+    biases = [seq.token_rules.find_biases(seq.num_output_tokens) for seq in seqs]
+    is_restricted = [ids is not None for ids in allowed]
+    is_edited = any(biases) or any(is_restricted) or any(seq.plan.edits_tokens for seq in seqs)
+    own = logits.clone() if is_edited else logits
+    if any(is_restricted):
+        pairs = join([NO_IDS if ids is None else ids for ids in allowed], own.device)
+        keep_tokens(own, *pairs, upload(is_restricted, own.device))
     if any(biases):
-        pairs = join([np.array([*bias], np.int64) for bias in biases], logits.device)
-        amounts = upload([a for bias in biases for a in bias.values()], logits.device)
-        add_to_tokens(logits, *pairs, amounts)
-
-
-def _find_allowed(seq: Sequence) -> tuple[int, ...] | None:
-    always, first = seq.params.allowed_token_ids, seq.params.first_token_ids
-    if first is None or seq.num_output_tokens:
-        return always
-    return first if always is None else tuple(set(first).intersection(always))
-
-
-def _find_biases(seq: Sequence) -> dict[int, float]:
-    params = seq.params
-    biases = dict(params.logit_bias)
-    is_too_short = seq.num_output_tokens < params.min_tokens
-    if is_too_short or params.ban_eos:
-        biases |= dict.fromkeys(seq.eos_token_ids, -math.inf)
-    if is_too_short:
-        biases |= dict.fromkeys(params.stop_token_ids, -math.inf)
-    return biases
+        pairs = join([bias.token_ids if bias else NO_IDS for bias in biases], own.device)
+        amounts = np.concatenate([bias.amounts for bias in biases if bias])
+        add_to_tokens(own, *pairs, upload(amounts, own.device))
+    return own

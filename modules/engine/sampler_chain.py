@@ -61,7 +61,7 @@ def _penalize_repetition(candidates: Candidates, seqs: list[Sequence]) -> Candid
 
 
 def _favour_prompt(candidates: Candidates, seqs: list[Sequence]) -> Candidates:
-    prompts = [np.array(seq.token_ids[: seq.num_prompt_tokens]) for seq in seqs]
+    prompts = [seq.prompt_vocabulary for seq in seqs]
     return _scale(candidates, prompts, [1 / s.params.encoder_repetition_penalty for s in seqs])
 
 
@@ -150,8 +150,7 @@ def _scale_dynamically(candidates: Candidates, seqs: list[Sequence]) -> Candidat
 def _smooth(candidates: Candidates, seqs: list[Sequence]) -> Candidates:
     factor = _column(candidates, seqs, lambda params: params.smoothing_factor)
     curve = _column(candidates, seqs, lambda params: params.smoothing_curve)
-    if all(1 <= seq.params.smoothing_curve <= 3 for seq in seqs):
-        return candidates.reshape(lambda logits: apply_smoothing(logits, factor, curve))
+    # Where a curve is steep, the order of the tokens may change.
     return candidates.rewrite(apply_smoothing(candidates.logits, factor, curve))
 
 
@@ -165,9 +164,9 @@ def _prefer_target(candidates: Candidates, seqs: list[Sequence]) -> Candidates:
 
 
 def _cut_top_k(candidates: Candidates, seqs: list[Sequence]) -> Candidates:
-    narrow = candidates.narrow(seqs[0].plan.width)
+    narrow, descending = candidates.narrow(seqs[0].plan.width).with_descending()
     top_k = upload([[min(seq.params.top_k, MAX_TOP_K)] for seq in seqs], narrow.logits.device)
-    return narrow.cut(find_top_k_threshold(narrow.sort(), top_k))
+    return narrow.cut(find_top_k_threshold(descending, top_k))
 
 
 def _cut_top_p(candidates: Candidates, seqs: list[Sequence]) -> Candidates:
@@ -175,16 +174,16 @@ def _cut_top_p(candidates: Candidates, seqs: list[Sequence]) -> Candidates:
     if candidates.descending is None and candidates.logits.device.type == "cpu":
         return candidates.cut(find_top_p_threshold_unsorted(candidates.logits, top_p))
     # On a card sorting is cheap, and to look whether it is needed would mean to wait for it.
-    candidates = candidates.sorted()
-    return candidates.cut(find_top_p_threshold(candidates.sort(), top_p))
+    candidates, descending = candidates.with_descending()
+    return candidates.cut(find_top_p_threshold(descending, top_p))
 
 
 def _cut_mirostat(candidates: Candidates, seqs: list[Sequence]) -> Candidates:
     mu = upload([[seq.sampler_state.mirostat_mu] for seq in seqs], candidates.logits.device)
     if seqs[0].plan.mirostat_mode == 2:
         return candidates.cut(find_mirostat_2_threshold(candidates.logits, mu))
-    candidates = candidates.sorted()
-    return candidates.cut(find_mirostat_1_threshold(candidates.sort(), mu))
+    candidates, descending = candidates.with_descending()
+    return candidates.cut(find_mirostat_1_threshold(descending, mu))
 
 
 def _leave_out_untypical(candidates: Candidates, seqs: list[Sequence]) -> Candidates:
@@ -223,8 +222,8 @@ def _make_sorted_cut(
     """The same, of sorted logits."""
 
     def cut(candidates: Candidates, seqs: list[Sequence]) -> Candidates:
-        candidates = candidates.sorted()
-        return candidates.cut(find(candidates.sort(), _column(candidates, seqs, value)))
+        candidates, descending = candidates.with_descending()
+        return candidates.cut(find(descending, _column(candidates, seqs, value)))
 
     return cut
 

@@ -43,8 +43,8 @@ HISTORY_STEPS = frozenset(
     {SamplerStep.REPETITION_PENALTY, SamplerStep.DRY, SamplerStep.NO_REPEAT_NGRAM}
 )
 COUNT_STEPS = frozenset({SamplerStep.PRESENCE_PENALTY, SamplerStep.FREQUENCY_PENALTY})
-# They say which token is the likeliest; the others, only how likely the rest is.
-GREEDY_STEPS = HISTORY_STEPS | COUNT_STEPS | {SamplerStep.ENCODER_REPETITION_PENALTY}
+# They look at single tokens, so they may say which one is the likeliest.
+TOKEN_STEPS = HISTORY_STEPS | COUNT_STEPS | {SamplerStep.ENCODER_REPETITION_PENALTY}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class Plan:
     @property
     def edits_tokens(self) -> bool:
         """Whether a step looks at single tokens."""
-        return not GREEDY_STEPS.isdisjoint(self.steps)
+        return not TOKEN_STEPS.isdisjoint(self.steps)
 
     @property
     def num_uniforms(self) -> int:
@@ -77,7 +77,9 @@ class Plan:
 def plan(params: SamplingParams) -> Plan:
     active = [step for step in params.sampler_order if IS_ACTIVE[step](params)]
     if params.is_greedy:
-        active = [step for step in active if step in GREEDY_STEPS]
+        active = [step for step in active if step in TOKEN_STEPS]
+    # It bans: after what leaves tokens out, there might be none left.
+    active.sort(key=lambda step: step is not SamplerStep.NO_REPEAT_NGRAM)
     return Plan(
         is_greedy=params.is_greedy,
         steps=tuple(_narrow_early(active)),

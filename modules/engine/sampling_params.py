@@ -9,7 +9,7 @@ from enum import StrEnum
 
 class SamplerStep(StrEnum):
     """What may be done to logits on their way to a token, in the order in which it is done unless
-    a request wishes otherwise.
+    a request wishes otherwise. Only the ban of n-grams always comes first.
     """
 
     REPETITION_PENALTY = "repetition_penalty"
@@ -64,7 +64,7 @@ class SamplingParams:
     temperature: float = 1.0
     """0 is greedy, and so is what is as good as 0."""
     dynamic_temperature: tuple[float, float, float] | None = None
-    """Lowest, highest and exponent; takes the place of `temperature`."""
+    """Lowest, highest and exponent; takes the place of a `temperature` that is not greedy."""
     smoothing_factor: float = 0.0
     smoothing_curve: float = 1.0
     seed: int | None = None

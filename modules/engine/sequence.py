@@ -6,12 +6,16 @@ import copy
 import random
 from dataclasses import dataclass
 from enum import Enum, auto
+from functools import cached_property
+
+import numpy as np
 
 from modules.engine.outputs import FinishReason
 from modules.engine.prompt_lookup import PromptLookup
 from modules.engine.sampler_plan import SamplerState, plan, start_state
 from modules.engine.sampling_params import SamplingParams
-from modules.engine.token_history import GrowingArray, TokenCounts
+from modules.engine.token_history import GrowingArray, Ids, TokenCounts
+from modules.engine.token_rules import to_token_rules
 
 
 class SequenceStatus(Enum):
@@ -71,6 +75,7 @@ class Sequence:
         self._uniforms: list[float] = []
         self.plan = plan(params)
         self.sampler_state = start_state(params)
+        self.token_rules = to_token_rules(params, eos_token_ids)
         # Only what a step looks at is kept.
         self.history = GrowingArray(self.token_ids) if self.plan.needs_history else None
         self.output_counts = TokenCounts() if self.plan.needs_counts else None
@@ -147,6 +152,11 @@ class Sequence:
         other.history = self.history and self.history.copy()
         other.output_counts = self.output_counts and self.output_counts.copy()
         return other
+
+    @cached_property
+    def prompt_vocabulary(self) -> Ids:
+        """The prompt's tokens, each once."""
+        return np.unique(np.array(self.token_ids[: self.num_prompt_tokens], np.int64))
 
     @property
     def num_output_tokens(self) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ids = NDArray[np.int64]
+NO_IDS: Ids = np.zeros(0, np.int64)
 
 # Longer repetitions are not told apart by DRY.
 MAX_DRY_MATCH = 50

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from modules.engine.engine import Engine
+from modules.engine.guidance import apply_guidance
 from modules.engine.outputs import FinishReason
 from modules.engine.sequence import SequenceRequest
 from tests.engine.conftest import CONFIGS, build_model, request, run, token_ids
@@ -190,3 +191,10 @@ def test_models_that_run_alone_are_guided_too(kind: str) -> None:
     engine.add(guided("a", prompt, negative, 2.0))
     assert token_ids(run(engine)["a"]) == expected
     assert expected != generate(build_alone(kind), prompt)
+
+
+def test_what_a_model_rules_out_stays_ruled_out() -> None:
+    logits = torch.tensor([[1.0, 2.0, -torch.inf]])
+    negative = torch.tensor([[2.0, 1.0, -torch.inf]])
+    guided = apply_guidance(logits, negative, torch.tensor([1.5]))
+    assert guided.isfinite().tolist() == [[True, True, False]]

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from modules.engine.sampler import sample
+from modules.engine.sampler_plan import SamplerState, find_adaptive_target
 from modules.engine.sampling_params import DEFAULT_SAMPLER_ORDER, SamplerStep, SamplingParams
 from modules.engine.sequence import Sequence, SequenceRequest
 from modules.errors import NoTokenLeftError
@@ -102,6 +103,29 @@ def test_dry_grows_with_the_length_of_the_repetition() -> None:
     assert torch.allclose(broken, torch.full((6,), 1 / 6))
 
 
+def test_ngrams_are_banned_before_anything_is_left_out() -> None:
+    """In a loop, the likeliest token would be all that is left, and then nothing."""
+    logits = torch.zeros(1, 9)
+    logits[0, 7] = 12.0
+    for wishes in ({"top_p": 0.9}, {"top_k": 1}, {"min_p": 0.5}):
+        probs = find_distribution(logits, prompt=(5, 7, 5), no_repeat_ngram_size=2, **wishes)
+        assert probs[7] == 0
+        assert probs.sum() == pytest.approx(1)
+
+
+def test_dry_looks_at_a_window_and_has_an_upper_limit() -> None:
+    text = (1, 2, 3, 1, 2)
+    near = find_distribution(
+        torch.zeros(1, 5), prompt=text, dry_multiplier=0.8, repetition_penalty_range=3
+    )
+    assert torch.allclose(near, torch.full((5,), 0.2))
+    wild = find_distribution(
+        torch.zeros(1, 5), prompt=(1,) * 50 + (2,) + (1,) * 50, dry_multiplier=1e6, dry_base=1e6
+    )
+    assert wild.isfinite().all()
+    assert wild[1] == 0
+
+
 def test_no_ngram_is_repeated() -> None:
     probs = find_distribution(torch.zeros(1, 5), prompt=(1, 2, 3, 1, 2), no_repeat_ngram_size=3)
     assert [i for i in range(5) if not probs[i]] == [3]
@@ -139,6 +163,19 @@ def test_nothing_ends_a_text_before_its_time() -> None:
     assert sample(logits, [sequence(output=(0, 0), **wishes)])[0].token_id == 1
     banned = sequence(output=(0,) * 9, temperature=0, ban_eos=True, eos=frozenset({1}))
     assert sample(logits, [banned])[0].token_id == 2
+
+
+def test_what_ends_a_text_early_is_not_what_is_banned_for_good() -> None:
+    logits = torch.zeros(1, 6)
+    wishes = {"eos": frozenset({1}), "stop_token_ids": (2,), "logit_bias": ((3, -math.inf),)}
+
+    def alive(**more: Any) -> set[int]:
+        probs = find_distribution(logits, **wishes, **more)
+        return set(probs.nonzero()[:, 0].tolist())
+
+    assert alive() == {0, 1, 2, 4, 5}
+    assert alive(min_tokens=1) == {0, 4, 5}
+    assert alive(ban_eos=True) == {0, 2, 4, 5}
 
 
 def test_where_no_token_is_left_nothing_is_made_up() -> None:
@@ -205,6 +242,38 @@ def test_steps_are_taken_in_the_order_asked_for(seed) -> None:
     # Of what a processor penalizes, what was left out stays left out.
     ours = find_distribution(logits, prompt=seen, sampler_order=in_order(*order), **wishes)
     torch.testing.assert_close(ours, theirs.softmax(-1)[0])
+
+
+@pytest.mark.parametrize(
+    ("later", "wishes"),
+    [
+        (SamplerStep.TOP_K, {"top_k": 6}),
+        (SamplerStep.REPETITION_PENALTY, {"repetition_penalty": 1.5, "top_k": 20}),
+    ],
+)
+def test_adaptive_p_learns_what_tokens_were_worth_before_it(later, wishes) -> None:
+    logits = random_logits(1, 5000)
+    order = in_order(SamplerStep.TOP_K, SamplerStep.ADAPTIVE_P, later)
+    order = tuple(dict.fromkeys(reversed(order)))[::-1]  # of what is named twice, the last
+    probs = logits.softmax(-1)[0]
+    if later is not SamplerStep.TOP_K:
+        probs = TopKLogitsWarper(20)(None, logits).softmax(-1)[0]
+    seq = sequence((3, 7), seed=4, adaptive_target=0.2, sampler_order=order, **wishes)
+    (token,) = sample(logits, [seq])
+    before = seq.sampler_state.adaptive_sum
+    expected = 0.9 * before + probs[token.token_id].item()
+    assert token.sampler_state.adaptive_sum == pytest.approx(expected, rel=1e-5)
+
+
+def test_steep_curves_may_change_the_order() -> None:
+    """With a curve of 9 the cube wins far from the top: what is sorted before is not afterwards."""
+    logits = random_logits(1, 200)
+    first = in_order(SamplerStep.TFS, SamplerStep.QUADRATIC_SAMPLING, SamplerStep.TOP_P)
+    wishes = {"tfs": 0.999, "smoothing_factor": 0.05, "smoothing_curve": 9.0, "top_p": 0.5}
+    probs = find_distribution(logits, sampler_order=first, **wishes)
+    full = find_distribution(logits, sampler_order=first, **{**wishes, "top_p": 1.0})
+    theirs = TopPLogitsWarper(0.5)(None, full.log()[None]).softmax(-1)[0]
+    torch.testing.assert_close(probs, theirs)
 
 
 def test_order_matters() -> None:
@@ -312,6 +381,12 @@ def generate(logits: torch.Tensor, count: int, **wishes: Any) -> tuple[Sequence,
 
 @pytest.mark.parametrize("mode", [1, 2])
 @pytest.mark.parametrize("tau", [2.0, 3.0])
+def test_mirostat_starts_at_twice_its_aim(mode, tau) -> None:
+    assert sequence(mirostat_mode=mode, mirostat_tau=tau).sampler_state.mirostat_mu == 2 * tau
+
+
+@pytest.mark.parametrize("mode", [1, 2])
+@pytest.mark.parametrize("tau", [2.0, 3.0])
 def test_mirostat_holds_the_surprise(mode, tau) -> None:
     logits = random_logits(1, 2000)
     seq = sequence(seed=3, mirostat_mode=mode, mirostat_tau=tau, mirostat_eta=0.2)
@@ -330,6 +405,15 @@ def test_adaptive_p_holds_the_probability() -> None:
     for target in (0.1, 0.25):
         _, probs = generate(logits, 500, adaptive_target=target)
         assert sum(probs) / len(probs) == pytest.approx(target, abs=0.03)
+
+
+def test_adaptive_p_aims_between_0_and_1() -> None:
+    params = SamplingParams(adaptive_target=0.9)
+    low = SamplerState(0.0, adaptive_sum=0.0, adaptive_weight=5.0)
+    high = SamplerState(0.0, adaptive_sum=5.0, adaptive_weight=5.0)
+    assert find_adaptive_target(params, low) == 1
+    assert find_adaptive_target(params, high) == pytest.approx(0.8)
+    assert find_adaptive_target(SamplingParams(adaptive_target=0.1), high) == 0
 
 
 def test_adaptive_p_averages_with_decay() -> None:
@@ -478,7 +562,7 @@ def test_logprobs_are_those_of_the_model_and_only_where_asked() -> None:
 
 def test_processed_logprobs_are_those_of_the_draw() -> None:
     logits = random_logits(3)
-    rows = [{"top_k": 3}, {"temperature": 0.5}, {"num_logprobs": None}]
+    rows: list[dict[str, Any]] = [{"top_k": 3}, {"temperature": 0.5}, {"num_logprobs": None}]
     seqs = [
         sequence(**({"num_logprobs": 5, "processed_logprobs": True} | wishes)) for wishes in rows
     ]
@@ -514,3 +598,34 @@ def test_a_draft_that_came_to_nothing_has_taken_no_random_number() -> None:
         (token,) = sample(row[None], [seq])
         seq.append(token.token_id, token.sampler_state)
     assert seq.token_ids[1:] == drawn
+
+
+def test_of_rows_with_one_plan_each_gets_its_own_processed_logprobs() -> None:
+    logits = random_logits(3)
+    wishes: dict[str, Any] = {"temperature": 0.5, "processed_logprobs": True}
+    seqs = [sequence(seed=i, num_logprobs=None if i == 1 else 2, **wishes) for i in range(3)]
+    tokens = sample(logits, seqs)
+    assert tokens[1].logprobs is None
+    for row in (0, 2):
+        best = (logits[row] / 0.5).log_softmax(-1).topk(2)
+        assert [token_id for token_id, _ in tokens[row].logprobs.top] == best.indices.tolist()
+
+
+def test_a_fork_has_a_history_of_its_own() -> None:
+    logits = torch.zeros(1, 6)
+    seq = sequence((1, 2, 3, 1), temperature=0, no_repeat_ngram_size=2)
+    fork = seq.fork()
+    fork.append(4)
+    fork.append(1)
+    assert sample(logits, [fork])[0].token_id not in (2, 4)
+    assert 4 not in seq.history.values
+
+
+def test_a_dynamic_temperature_of_0_is_the_best_token() -> None:
+    probs = find_distribution(random_logits(1), dynamic_temperature=(0.0, 0.0, 1.0))
+    assert probs.max() == pytest.approx(1)
+
+
+def test_ties_beyond_top_k_share_their_fate() -> None:
+    probs = find_distribution(torch.zeros(1, 50), top_k=3)
+    assert torch.allclose(probs, torch.full((50,), 0.02))
