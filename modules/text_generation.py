@@ -155,7 +155,8 @@ def _to_prompt(model: LoadedModel, prompt: str | tuple[int, ...], request: TextR
     _check(model, encoded.token_ids, max_len, request.prompt_param)
     params = _fit_params(model, params, len(encoded.token_ids), request)
     accepted = _Prompt(encoded.token_ids, params)
-    if request.heals_tokens and isinstance(prompt, str) and model.continues_prompt:
+    is_healed = request.heals_tokens and isinstance(prompt, str) and params.max_tokens != 0
+    if is_healed and model.continues_prompt:
         accepted = _heal(model, encoded.token_ids, params, request.skip_special_tokens)
     return replace(accepted, negative_token_ids=_encode_negative(model, request, accepted, max_len))
 

@@ -10,7 +10,12 @@ from dataclasses import replace
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
 
-from extensions.openai.sampling import fill_from_preset, to_sampling_params, to_truncation
+from extensions.openai.sampling import (
+    fill_from_preset,
+    to_negative_prompt,
+    to_sampling_params,
+    to_truncation,
+)
 from extensions.openai.typing import LogitsRequest, NextTokens
 from modules import text_generation
 from modules.context import Context
@@ -41,6 +46,7 @@ def _to_text_request(model: LoadedModel, body: LogitsRequest) -> TextRequest:
         add_bos_token=body.add_bos_token,
         min_len=body.min_length,
         truncation=to_truncation(body, model, 1),
+        negative_prompt=to_negative_prompt(body) if body.use_samplers else None,
     )
 
 

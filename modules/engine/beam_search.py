@@ -44,7 +44,8 @@ async def search_beams(
     Their `max_tokens` must be given. What only changes how tokens are drawn, such as the
     temperature, is not applied; log-probabilities are those after all other steps.
 
-    Raises GenerationFailedError and GenerationAbortedError.
+    If the engine is told to end them, the best ones until then. Raises GenerationFailedError and
+    GenerationAbortedError.
     """
     first = requests[0]
     num_stop_token_ids = len(find_stop_token_ids(first.params, eos_token_ids))
@@ -54,9 +55,12 @@ async def search_beams(
     while search.live:
         beams = [beam.token_ids for beam in search.live]
         outputs = await read_continuations(generate, first, params, beams)
+        if outputs is None:
+            break
         search.advance([output for (output,) in outputs])
+    best = search.complete or search.live
     for rank, request in enumerate(requests):
-        beam = search.complete[min(rank, len(search.complete) - 1)]
+        beam = best[min(rank, len(best) - 1)]
         yield [replace(output, request_id=request.request_id) for output in beam.outputs]
 
 
@@ -117,7 +121,13 @@ class _Search:
         return _Beam((*beam.outputs, output), total)
 
     def _score(self, beam: _Beam) -> float:
-        return beam.sum_logprobs / math.pow(len(beam.outputs), self._options.length_penalty)
+        """Sorts as the sum of log-probabilities over length to the power of the penalty, which may
+        be beyond every number: minus the logarithm of minus that.
+        """
+        if beam.sum_logprobs >= 0:
+            return math.inf
+        length = math.log(len(beam.outputs))
+        return self._options.length_penalty * length - math.log(-beam.sum_logprobs)
 
     def _is_over(self) -> bool:
         """No better beam is to be expected; exact only where longer ones do not score higher."""

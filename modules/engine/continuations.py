@@ -34,8 +34,9 @@ async def read_continuations(
     request: SequenceRequest,
     params: SamplingParams,
     continuations: list[tuple[int, ...]],
-) -> list[list[TokenOutput]]:
+) -> list[list[TokenOutput]] | None:
     """The outputs for each of them, in order: the next token, and what `params` ask for besides.
+    None if the engine was told to end them.
 
     Raises GenerationFailedError and GenerationAbortedError.
     """
@@ -54,7 +55,8 @@ async def read_continuations(
             for output in outputs:
                 _require_success(output)
                 found[output.request_id].append(output)
-    return [found[wish.request_id] for wish in requests]
+    is_complete = all(read and read[-1].finish_reason is not None for read in found.values())
+    return list(found.values()) if is_complete else None
 
 
 def _require_success(output: TokenOutput) -> None:

@@ -45,17 +45,23 @@ async def search_contrastively(
     `max_tokens` must be given. What only changes how tokens are drawn, such as the temperature, is
     not applied; log-probabilities are those after all other steps.
 
-    Raises GenerationFailedError and GenerationAbortedError.
+    Ends early if the engine is told to end it. Raises GenerationFailedError and
+    GenerationAbortedError.
     """
     params = replace(to_step_params(request.params, options.top_k), hidden_states=True)
     of_prompt = replace(params, prompt_logprobs=True)
-    (read,) = await read_continuations(generate, request, of_prompt, [()])
+    prompt = await read_continuations(generate, request, of_prompt, [()])
+    if prompt is None:
+        return
+    (read,) = prompt
     context = _Context(_stack(read))
     before, token_ids, reason = read[-1], tuple[int, ...](), None
     while reason is None:
         tops = [top for top in before.top_logprobs if top[1] > -math.inf]
         tried = [(*token_ids, token_id) for token_id, _ in tops]
         read_all = await read_continuations(generate, request, params, tried)
+        if read_all is None:
+            return
         outputs = [last for (last,) in read_all]
         states = _stack(outputs)
         probs = np.exp([logprob for _, logprob in tops])

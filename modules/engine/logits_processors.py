@@ -200,7 +200,7 @@ def leave_out_top_choices(logits: Tensor, threshold: Tensor, is_protected: Tenso
 
     A row is left alone by a threshold above 1. `is_protected` [num_rows, num_candidates].
     """
-    is_choice = logits.softmax(-1) >= threshold
+    is_choice = (logits.softmax(-1) >= threshold) & (logits > -torch.inf)
     least = torch.where(is_choice, logits, torch.inf).amin(-1, keepdim=True)
     leaves_out = is_choice & (logits > least)
     is_spoilt = (leaves_out & is_protected).any(-1, keepdim=True)

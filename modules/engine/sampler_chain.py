@@ -95,8 +95,13 @@ def _penalize_repeats(candidates: Candidates, seqs: list[Sequence]) -> Candidate
 
 
 def _ban_repeated_ngrams(candidates: Candidates, seqs: list[Sequence]) -> Candidates:
+    """Where all that is left would be banned, nothing is: some token has to come next."""
     found = [find_ngram_followers(_history(s), s.params.no_repeat_ngram_size) for s in seqs]
-    return _add(candidates, found, [np.full(len(ids), -np.inf) for ids in found])
+    wide = candidates.widen()
+    is_banned = wide.mark(*join(found, wide.logits.device))
+    banned = wide.logits.masked_fill(is_banned, -torch.inf)
+    is_empty = banned.amax(-1, keepdim=True) == -torch.inf
+    return wide.rewrite(torch.where(is_empty, wide.logits, banned))
 
 
 def _history(seq: Sequence) -> Ids:

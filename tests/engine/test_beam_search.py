@@ -181,3 +181,29 @@ def test_a_failure_is_passed_on(reason: FinishReason, error: type[Exception]) ->
 
     with pytest.raises(error):
         collect(search_beams(fail, [request("a", [5])], BeamOptions(num_beams=2), frozenset()))
+
+
+def test_a_length_penalty_may_be_beyond_every_number(tiny_model) -> None:
+    long, short = (
+        search(
+            tiny_model,
+            [5, 6, 7],
+            BeamOptions(num_beams=3, length_penalty=penalty),
+            eos_token_ids=frozenset(range(2, 20)),
+            max_tokens=6,
+        )[0]
+        for penalty in (1e6, -1e6)
+    )
+    assert len(long) > len(short)
+
+
+def test_beams_keep_what_they_have_when_they_are_told_to_end() -> None:
+    async def generate(requests: list[SequenceRequest]) -> AsyncGenerator[list[TokenOutput], None]:
+        for wish in requests:
+            if len(wish.output_token_ids) < 2:
+                tops = ((7, -0.5), (8, -1.0))
+                yield [TokenOutput(wish.request_id, 7, FinishReason.LENGTH, top_logprobs=tops)]
+
+    wishes = [request("a", [5], max_tokens=9)]
+    found = collect(search_beams(generate, wishes, BeamOptions(num_beams=2), frozenset()))
+    assert token_ids(found["a"]) == [7, 7]

@@ -104,6 +104,10 @@ def test_dry_grows_with_the_length_of_the_repetition() -> None:
 def test_no_ngram_is_repeated() -> None:
     probs = find_distribution(torch.zeros(1, 5), prompt=(1, 2, 3, 1, 2), no_repeat_ngram_size=3)
     assert [i for i in range(5) if not probs[i]] == [3]
+    only = find_distribution(
+        torch.zeros(1, 5), prompt=(1, 2, 3, 1, 2), no_repeat_ngram_size=3, allowed_token_ids=(3,)
+    )
+    assert only[3] == 1, "some token has to come next"
 
 
 # Single tokens
