@@ -158,7 +158,8 @@ def _to_prompt(model: LoadedModel, prompt: str | tuple[int, ...], request: TextR
     room = max_len - (num_longest if model.continues_prompt else 1)
     params = _fit_params(model, params, len(encoded.token_ids), request, room)
     accepted = _Prompt(encoded.token_ids, params)
-    if request.heals_tokens and isinstance(prompt, str) and model.continues_prompt:
+    is_healed = request.heals_tokens and isinstance(prompt, str) and params.max_tokens != 0
+    if is_healed and model.continues_prompt:
         accepted = _heal(model, encoded.token_ids, params, request.skip_special_tokens)
     if negative is not None:
         accepted = replace(accepted, negative_token_ids=negative or accepted.token_ids[-1:])

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
-from extensions.openai.typing import GenerationOptions, SamplingOptions
+from extensions.openai.typing import MAX_NUM_BEAMS, GenerationOptions, SamplingOptions
 from modules.engine.beam_search import BeamOptions
 from modules.engine.contrastive_search import ContrastiveOptions
 from modules.engine.sampling_params import DEFAULT_SAMPLER_ORDER, SamplerStep, SamplingParams
@@ -172,6 +172,9 @@ def to_search(options: GenerationOptions, num_candidates: int) -> SearchOptions 
         raise InvalidRequestError("Contrastive search needs do_sample: false.", "penalty_alpha")
     if options.top_k <= 1:
         raise InvalidRequestError("Contrastive search needs a top_k above 1.", "penalty_alpha")
+    if options.top_k > MAX_NUM_BEAMS:
+        message = f"Contrastive search tries out at most {MAX_NUM_BEAMS} tokens."
+        raise InvalidRequestError(message, "top_k")
     return ContrastiveOptions(penalty_alpha=options.penalty_alpha, top_k=options.top_k)
 
 

@@ -244,6 +244,7 @@ DryBreakers = Annotated[
 ]
 SamplerNames = Annotated[
     list[SamplerName],
+    Field(fail_fast=True),
     AfterValidator(_require_each_once),
     BeforeValidator(_to_sampler_names, json_schema_input_type=str | list[SamplerName]),
 ]
@@ -529,7 +530,7 @@ class GenerationOptions(SamplingOptions):
     custom_token_bans: TokenIdList = Field(
         default=(), description='Token ids that are never generated, as in "1, 2".'
     )
-    allowed_token_ids: Annotated[list[Count], Field(min_length=1)] | None = Field(
+    allowed_token_ids: Annotated[list[Count], Field(min_length=1, fail_fast=True)] | None = Field(
         default=None, description="No other token ids are generated. null: all may be."
     )
     negative_prompt: str = Field(
@@ -620,12 +621,15 @@ class Message(TypedDict, total=False):
     name: str | None
 
 
+MessageList = Annotated[list[Message], Field(fail_fast=True)]
+
+
 class ChatCompletionRequest(GenerationOptions):
     """Reply to a conversation. Unknown fields are ignored, and null means the default."""
 
     model_config = _example({"messages": [{"role": "user", "content": "Hello!"}]})
 
-    messages: list[Message] = Field(description="The conversation so far.")
+    messages: MessageList = Field(description="The conversation so far.")
     max_tokens: Count | None = Field(
         default=None,
         description="Most tokens to generate. null or 0: until the context is full.",
@@ -823,7 +827,9 @@ class Health(BaseModel):
 # Tokens
 
 
-TokenIds = Annotated[list[Count], Field(description="Token ids of the model's own.")]
+TokenIds = Annotated[
+    list[Count], Field(fail_fast=True, description="Token ids of the model's own.")
+]
 Length = Annotated[int, Field(description="The number of tokens.")]
 
 
@@ -863,7 +869,7 @@ class TokenizeRequest(WireModel):
     model_config = _example({"prompt": "Hello!"})
 
     prompt: str | None = Field(default=None, description="What to cut into tokens.")
-    messages: list[Message] | None = Field(default=None, description="A conversation instead.")
+    messages: MessageList | None = Field(default=None, description="A conversation instead.")
     add_special_tokens: bool | None = Field(
         default=None,
         description="Add those that the tokenizer adds. null: with `prompt`, and where the "

@@ -19,7 +19,7 @@ PIECE = 128
 HEAD = 256
 # Of what only the highest are looked for.
 BLOCK = 32
-# Times a probability of 0, this is 0, and its square is finite; minus infinity would give no number.
+# Times a probability of 0, it is 0, and its square is finite; minus infinity gives no number.
 LOWEST = -1e15
 # The shape of adaptive-p's preference.
 ADAPTIVE_WIDTH, ADAPTIVE_PEAK, ADAPTIVE_SHARPNESS = 0.3, 5.0, 10.0

@@ -267,6 +267,12 @@ def test_xtc() -> None:
         assert found == expected, threshold
 
 
+def test_xtc_keeps_nothing_that_is_left_out_already() -> None:
+    logits = torch.tensor([[3.0, 2.0, -math.inf]])
+    nothing = torch.zeros_like(logits, dtype=torch.bool)
+    assert kept(leave_out_top_choices(logits, column([0.0]), nothing)) == [{1}]
+
+
 def test_xtc_takes_no_protected_token_away() -> None:
     logits = torch.tensor([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0]])
     protected = torch.tensor([[False, True, False], [False, False, True]])

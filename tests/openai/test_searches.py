@@ -75,6 +75,18 @@ async def test_guidance(
     assert plain != expected != last
 
 
+async def test_guidance_in_logits(client: httpx.AsyncClient) -> None:
+    async def look(**fields: Any) -> dict[str, float]:
+        body = {"prompt": PROMPT, "guidance_scale": 3.0, "negative_prompt": "Never", **fields}
+        response = await client.post("/v1/internal/logits", json=body)
+        assert response.status_code == 200, response.text
+        found: dict[str, float] = response.json()
+        return found
+
+    plain = await look(use_samplers=True, guidance_scale=1.0)
+    assert await look(use_samplers=False) == plain != await look(use_samplers=True)
+
+
 async def test_guidance_in_chat(client: httpx.AsyncClient) -> None:
     texts = set()
     for negative in ("Never", "Always", ""):
@@ -165,6 +177,7 @@ async def test_streams_say_the_same(client: httpx.AsyncClient, fields: dict[str,
         ({"num_beams": 2, "penalty_alpha": 0.6, "top_k": 4}, "penalty_alpha"),
         ({"penalty_alpha": 0.6, "top_k": 1}, "penalty_alpha"),
         ({"penalty_alpha": 0.6, "top_k": 4, "do_sample": True}, "penalty_alpha"),
+        ({"penalty_alpha": 0.6, "top_k": 65}, "top_k"),
         ({"penalty_alpha": 1.5}, "penalty_alpha"),
         ({"early_stopping": "never"}, "early_stopping"),
         ({"length_penalty": "long"}, "length_penalty"),
