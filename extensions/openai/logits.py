@@ -47,7 +47,6 @@ def _to_text_request(model: LoadedModel, body: LogitsRequest) -> TextRequest:
         add_bos_token=body.add_bos_token,
         min_len=body.min_length,
         truncation=to_truncation(body, model, 1),
-        negative_prompt=to_negative_prompt(body) if body.use_samplers else None,
     )
 
 

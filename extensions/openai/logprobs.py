@@ -127,10 +127,12 @@ class _Cursor:
         return place
 
     def follow(self, text: str, pieces: list[bytes]) -> list[int]:
-        """The places of `pieces`, which are those of `text`, but for special tokens that are not
-        in it and for the space that SentencePiece puts before a text.
+        """The places of `pieces`, which are those of `text` or of its end, but for special tokens
+        that are not in it and for the space that SentencePiece puts before a text.
         """
-        data, start = text.encode(), 0
+        data = text.encode()
+        start = _find_start(data, pieces)
+        self.num_chars = sum(map(_begins_character, data[:start]))
         places = []
         for piece in pieces:
             spellings = (piece, piece.removeprefix(b" "), b"")
@@ -139,6 +141,14 @@ class _Cursor:
             places.append(self.pass_over(part))
         self.num_chars = len(text)
         return places
+
+
+def _find_start(data: bytes, pieces: list[bytes]) -> int:
+    """Where the tokens begin of a text whose start was cut off, but maybe for a special token."""
+    for read in (b"".join(pieces), b"".join(pieces[1:])):
+        if data.endswith(read):
+            return len(data) - len(read)
+    return 0
 
 
 def _begins_character(byte: int) -> bool:

@@ -137,6 +137,8 @@ def to_truncation(
     """Raises InvalidRequestError if `max_tokens` leave no room for a prompt."""
     if not options.truncation_length:
         return None
+    if options.auto_max_new_tokens:
+        max_tokens = None
     max_len = min(options.truncation_length, model.max_model_len)
     num_reserved = min(NUM_RESERVED, max_len // 2) if max_tokens is None else max_tokens
     if num_reserved >= max_len:

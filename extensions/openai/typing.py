@@ -38,6 +38,9 @@ MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 1000
 MAX_STOP_TOKEN_IDS = 1024
+MAX_BIAS = 100
+# As many as the largest vocabularies have.
+MAX_NAMED_TOKENS = 2**18
 MAX_DRY_BREAKERS = 64
 MAX_DRY_BREAKER_CHARS = 100
 MAX_NUM_BEAMS = 64
@@ -134,6 +137,7 @@ def _split_token_ids(value: Any) -> tuple[int, ...]:
     """ "1, 2" → (1, 2)"""
     if not isinstance(value, str):
         raise PydanticCustomError("string_type", "Input should be a string")
+    _refuse_crowd(value.count(","))
     return tuple(_to_token_id(part.strip()) for part in value.split(",") if part.strip())
 
 
@@ -144,10 +148,23 @@ def _to_token_id(text: str) -> int:
     return int(text)
 
 
-def _require_token_ids(biases: dict[str, float]) -> dict[str, float]:
-    for text in biases:
+def _to_biases(value: Any) -> dict[str, float]:
+    """At the first fault an end: a list of all of them may take longer than anything else."""
+    if not isinstance(value, dict):
+        raise PydanticCustomError("dict_type", "Input should be an object")
+    _refuse_crowd(len(value))
+    for text, bias in value.items():
         _to_token_id(text)
-    return biases
+        if type(bias) not in (int, float) or not -MAX_BIAS <= bias <= MAX_BIAS:
+            message = "The bias of token {text} should be a number from -100 to 100"
+            raise PydanticCustomError("bias", message, {"text": text})
+    return {text: float(bias) for text, bias in value.items()}
+
+
+def _refuse_crowd(num_tokens: int) -> None:
+    if num_tokens > MAX_NAMED_TOKENS:
+        message = "There may be at most {most} tokens"
+        raise PydanticCustomError("token_count", message, {"most": MAX_NAMED_TOKENS})
 
 
 def _is_token_ids(value: Any) -> bool:
@@ -252,7 +269,11 @@ TokenIdList = Annotated[
     tuple[int, ...], PlainValidator(_split_token_ids, json_schema_input_type=str)
 ]
 Biases = Annotated[
-    dict[str, Annotated[float, Field(ge=-100, le=100)]], AfterValidator(_require_token_ids)
+    dict[str, float],
+    PlainValidator(
+        _to_biases,
+        json_schema_input_type=dict[str, Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)]],
+    ),
 ]
 Prompt = Annotated[
     str | tuple[int, ...], PlainValidator(_to_prompt, json_schema_input_type=str | list[int])
@@ -374,7 +395,7 @@ class SamplingOptions(WireModel):
     adaptive_target: Fraction = Field(
         default=0.0,
         description="Adaptive-p: prefer tokens of about this probability, so that it is the "
-        "average. 0: off.",
+        "average; best with `min_p`, as all unlikely tokens are about as far from it. 0: off.",
     )
     adaptive_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.9,
@@ -408,7 +429,9 @@ class SamplingOptions(WireModel):
         default=1.0, description="Above 1, tokens of the prompt become more probable. 1: off."
     )
     no_repeat_ngram_size: Count = Field(
-        default=0, description="No sequence of so many tokens is written twice. 0: off."
+        default=0,
+        description="No sequence of so many tokens is written twice: a ban, before all other "
+        "steps. 0: off.",
     )
     dry_multiplier: Amount = Field(
         default=0.0,
@@ -487,7 +510,9 @@ class GenerationOptions(SamplingOptions):
     )
     n: NumChoices = Field(default=1, description="How many choices to generate per prompt.")
     max_tokens: Count | None = Field(
-        default=None, description="Most tokens to generate. null: until the context is full."
+        default=None,
+        description="Most tokens to generate. null: 16 for completions, and for chats until the "
+        "context is full.",
     )
     max_completion_tokens: Count | None = Field(
         default=None, description="OpenAI's newer name of `max_tokens`; wins over it."
@@ -530,9 +555,10 @@ class GenerationOptions(SamplingOptions):
     custom_token_bans: TokenIdList = Field(
         default=(), description='Token ids that are never generated, as in "1, 2".'
     )
-    allowed_token_ids: Annotated[list[Count], Field(min_length=1, fail_fast=True)] | None = Field(
-        default=None, description="No other token ids are generated. null: all may be."
-    )
+    allowed_token_ids: (
+        Annotated[list[Count], Field(min_length=1, max_length=MAX_NAMED_TOKENS, fail_fast=True)]
+        | None
+    ) = Field(default=None, description="No other token ids are generated. null: all may be.")
     negative_prompt: str = Field(
         default="",
         description="What to stay away from, with `guidance_scale`. Empty: the prompt's last "

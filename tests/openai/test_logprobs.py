@@ -318,3 +318,13 @@ async def test_openai_client(app: Any, engine: FakeEngine) -> None:
         assert [entry.top_logprobs[1].token for entry in content] == ["b", "c"]
         text = await api.completions.create(model="tiny", prompt="x", logprobs=1, max_tokens=2)
         assert text.choices[0].logprobs.tokens == ["a", "b"]
+
+
+async def test_offsets_of_a_prompt_that_was_cut(client: httpx.AsyncClient) -> None:
+    body = {"prompt": "Once üpon", "truncation_length": 7, "max_tokens": 2, "echo": True}
+    (choice,) = await complete(client, **body, logprobs=0)
+    assert choice["text"].startswith("Once üpon")
+    offsets = choice["logprobs"]["text_offset"]
+    # " ", the two bytes of "ü", "p", "o" and "n" would be six; five are kept.
+    assert offsets[:5] == [5, 5, 6, 7, 8]
+    assert offsets[5] == len("Once üpon")
