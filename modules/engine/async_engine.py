@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from modules.engine.engine import Engine
 from modules.engine.generate_engine import GenerateEngine
-from modules.engine.outputs import TokenOutput
+from modules.engine.outputs import FinishReason, TokenOutput
 from modules.engine.scheduler import ScheduledBatch
 from modules.engine.sequence import SequenceRequest
 from modules.errors import EngineDeadError, GenerationAbortedError, NoTokenLeftError, ServerError
@@ -184,13 +184,21 @@ class AsyncEngine:
         while not self._commands.empty() or not self._engine.has_unfinished:
             match self._commands.get():
                 case _Add(requests):
-                    for request in requests:
-                        self._engine.add(request)
+                    self._publish([*filter(None, map(self._add, requests))])
                 case _Abort(request_id):
                     self._engine.abort(request_id)
                 case _Stop():
                     return False
         return True
+
+    def _add(self, request: SequenceRequest) -> TokenOutput | None:
+        """The output that says so, if the engine cannot take it."""
+        try:
+            self._engine.add(request)
+        except ValueError as error:
+            _log("A generation was not begun", error)
+            return TokenOutput(request.request_id, token_id=0, finish_reason=FinishReason.ERROR)
+        return None
 
     def _publish(self, outputs: list[TokenOutput]) -> None:
         if outputs and self._loop is not None:

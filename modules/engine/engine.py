@@ -74,12 +74,16 @@ class Engine:
         """Queue a generation. The prompt must have a token, and be shorter than `max_model_len`;
         one that is guided, and its negative prompt, shorter than `max_guided_len`.
 
-        Raises ValueError if the id is that of a generation that has not ended.
+        Raises ValueError if it is not, for it would wait for ever; and if the id is that of a
+        generation that has not ended.
         """
         if request.request_id in self._sequences:
             raise ValueError(f"{request.request_id} is running already")
         is_guided = request.negative_prompt_token_ids is not None
         longest = self.max_guided_len if is_guided else self.config.max_model_len
+        num_tokens = request.num_longest_prompt_tokens + len(request.output_token_ids)
+        if not 0 < num_tokens < longest:
+            raise ValueError(f"a prompt of {num_tokens} tokens is not for {longest} of them")
         seq = Sequence(request, longest, self.config.eos_token_ids)
         if self.config.is_deterministic:
             seq.lookup = None  # what is read at once is rounded at once

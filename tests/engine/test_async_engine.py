@@ -202,3 +202,10 @@ async def test_requests_that_leave_no_token_are_not_the_models_fault(engine) -> 
         outputs = [output for outputs in [o async for o in steps] for output in outputs]
         assert [output.finish_reason for output in outputs] == [FinishReason.ERROR]
     await collect(engine, request("good", [5, 6]))
+
+
+async def test_a_prompt_that_would_never_fit_ends_at_once(engine) -> None:
+    for prompt in ([], [5] * 512):
+        steps = [outputs async for outputs in engine.generate([request("long", prompt)])]
+        assert [o.finish_reason for outputs in steps for o in outputs] == [FinishReason.ERROR]
+    await collect(engine, request("good", [5, 6]))
