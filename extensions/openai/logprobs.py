@@ -146,6 +146,8 @@ class _Cursor:
 def _find_start(data: bytes, pieces: list[bytes]) -> int:
     """Where the tokens begin of a text whose start was cut off, but maybe for a special token."""
     for read in (b"".join(pieces), b"".join(pieces[1:])):
+        if data.startswith(read):  # the end may have been taken back
+            return 0
         if data.endswith(read):
             return len(data) - len(read)
     return 0
