@@ -71,10 +71,10 @@ class Engine:
         return self.scheduler.has_unfinished
 
     def add(self, request: SequenceRequest) -> None:
-        """Queue a generation. The prompt must have a token, and be shorter than `max_model_len`;
-        one that is guided, and its negative prompt, shorter than `max_guided_len`.
+        """Queue a generation. What is to be read must have a token, and at most `max_model_len` of
+        them; what is guided, and the negative prompt with it, `max_guided_len`.
 
-        Raises ValueError if it is not, for it would wait for ever; and if the id is that of a
+        Raises ValueError if it has more, for it would wait for ever; and if the id is that of a
         generation that has not ended.
         """
         if request.request_id in self._sequences:
@@ -82,8 +82,8 @@ class Engine:
         is_guided = request.negative_prompt_token_ids is not None
         longest = self.max_guided_len if is_guided else self.config.max_model_len
         num_tokens = request.num_longest_prompt_tokens + len(request.output_token_ids)
-        if not 0 < num_tokens < longest:
-            raise ValueError(f"a prompt of {num_tokens} tokens is not for {longest} of them")
+        if not 0 < num_tokens <= longest:
+            raise ValueError(f"{num_tokens} tokens cannot be read where {longest} fit")
         seq = Sequence(request, longest, self.config.eos_token_ids)
         if self.config.is_deterministic:
             seq.lookup = None  # what is read at once is rounded at once

@@ -205,7 +205,7 @@ async def test_requests_that_leave_no_token_are_not_the_models_fault(engine) -> 
 
 
 async def test_a_prompt_that_would_never_fit_ends_at_once(engine) -> None:
-    for prompt in ([], [5] * 512):
+    for prompt in ([], [5] * 513):
         steps = [outputs async for outputs in engine.generate([request("long", prompt)])]
         assert [o.finish_reason for outputs in steps for o in outputs] == [FinishReason.ERROR]
     await collect(engine, request("good", [5, 6]))
