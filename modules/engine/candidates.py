@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from modules.engine.logits_processors import (
-    find_highest,
     find_share,
     leave_out_below,
     sort_descending,
@@ -68,7 +67,7 @@ class Candidates:
         """Only the `width` likeliest tokens, in descending order; all, if there are no more."""
         if width >= self.logits.shape[-1]:
             return self.with_descending()[0]
-        logits, places = find_highest(self.logits, width)
+        logits, places = self.logits.topk(width)
         return replace(
             self,
             logits=logits,

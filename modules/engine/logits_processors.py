@@ -17,8 +17,8 @@ from modules.engine import cpu_kernels
 PIECE = 128
 # How many tokens top_p looks at first.
 HEAD = 256
-# Of what only the highest are looked for.
-BLOCK = 32
+# So many are summed up one by one.
+MAX_SUMMED_SINGLY = 4096
 # Times a probability of 0, it is 0, and its square is finite; minus infinity gives no number.
 LOWEST = -1e15
 # The shape of adaptive-p's preference.
@@ -105,7 +105,7 @@ def find_top_p_threshold_unsorted(logits: Tensor, top_p: Tensor) -> Tensor:
     """The same, of logits in any order. Only of rows whose likeliest HEAD tokens are not likely
     enough together, the others are sorted too.
     """
-    highest, places = find_highest(logits, min(HEAD, logits.shape[-1]))
+    highest, places = logits.topk(min(HEAD, logits.shape[-1]))
     reached = logits.softmax(-1).gather(-1, places).double().cumsum(-1)
     place = torch.searchsorted(reached, top_p.double() * (1 - 1e-12), right=True)
     threshold = highest.gather(-1, place.clamp(max=highest.shape[-1] - 1))
@@ -226,27 +226,6 @@ def leave_out_below(logits: Tensor, threshold: Tensor) -> Tensor:
     return out
 
 
-def find_highest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` highest logits of each row in descending order, and where they are.
-
-    Where there are many, only the blocks with the highest maxima are looked into: each that holds
-    one of the highest logits is among as many.
-    """
-    num_blocks = logits.shape[-1] // BLOCK
-    if 2 * count > num_blocks:
-        values, places = logits.topk(count)
-        return values, places
-    # The last ones join in as they are: what fills a block up could be chosen where few are left.
-    blocks = logits[:, : num_blocks * BLOCK].unflatten(-1, (num_blocks, BLOCK))
-    tail = logits[:, num_blocks * BLOCK :]
-    chosen = blocks.amax(-1).topk(count, sorted=False).indices
-    members = blocks.gather(1, chosen[..., None].expand(-1, -1, BLOCK)).flatten(1)
-    values, order = torch.cat([members, tail], -1).topk(count)
-    inside = chosen.gather(-1, (order // BLOCK).clamp(max=count - 1)) * BLOCK + order % BLOCK
-    outside = order + (num_blocks - count) * BLOCK
-    return values, torch.where(order < count * BLOCK, inside, outside)
-
-
 def _in_pieces(values: Tensor, size: int) -> Tensor:
     """[num_rows, n] → [num_rows, num_pieces, size], filled up with 0."""
     num_missing = -values.shape[-1] % size
@@ -262,7 +241,7 @@ def find_share(weights: Tensor, shares: Tensor) -> Tensor:
     Of many weights, pieces are added up, and only one piece by single ones: a whole cumulative sum
     in float64 would take ten times as long.
     """
-    if weights.shape[-1] <= BLOCK * PIECE:
+    if weights.shape[-1] <= MAX_SUMMED_SINGLY:
         return _find_place(weights.double().cumsum(-1), shares)[1]
     pieces = _in_pieces(weights, PIECE)
     ends = pieces.sum(-1, dtype=torch.float64).cumsum(-1)

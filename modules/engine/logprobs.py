@@ -10,7 +10,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from modules.engine.logits_processors import find_highest
 from modules.engine.outputs import TopLogprobs
 from modules.engine.transfer import upload
 
@@ -34,7 +33,7 @@ def compute_logprobs(logits: Tensor, token_ids: list[int], num_tops: list[int]) 
     ids = upload([[token_id] for token_id in token_ids], logits.device, torch.long)
     chosen = logprobs.gather(-1, ids)
     num_most = min(max(num_tops), logits.shape[-1])
-    top, top_ids = find_highest(logprobs, num_most)
+    top, top_ids = logprobs.topk(num_most)
     # In one copy, as a card is waited for; float64 holds every token id.
     rows = torch.cat([chosen.double(), top.double(), top_ids.double()], dim=-1).tolist()
     if any(math.isnan(row[0]) for row in rows):

@@ -29,7 +29,6 @@ from modules.engine.logits_processors import (
     find_entropy,
     find_epsilon_threshold,
     find_eta_threshold,
-    find_highest,
     find_min_p_threshold,
     find_mirostat_1_threshold,
     find_mirostat_2_threshold,
@@ -376,17 +375,6 @@ def test_a_row_is_the_same_to_the_last_bit_in_any_company(rows) -> None:
         assert torch.equal(one, all_rows[:1])
 
 
-@pytest.mark.parametrize("vocab", [1000, 4096, 49_152, 50_257])
-@pytest.mark.parametrize("count", [1, 5, 64, 700])
-def test_the_highest_logits(vocab, count) -> None:
-    logits = torch.randn(3, vocab, generator=torch.Generator().manual_seed(count))
-    logits[0, 7:] = -torch.inf
-    expected = logits.topk(count).values
-    values, places = find_highest(logits, count)
-    assert torch.equal(values, expected)
-    assert torch.equal(logits.gather(-1, places), expected)
-
-
 def test_what_is_below_is_left_out() -> None:
     logits = torch.tensor([[1.0, 2.0, -torch.inf], [5.0, 6.0, 7.0]])
     kept_logits = leave_out_below(logits, torch.tensor([[2.0], [-torch.inf]]))
@@ -399,15 +387,3 @@ def test_xtc_counts_no_token_that_was_left_out() -> None:
     logits = torch.tensor([[1.0, -torch.inf, 3.0, 2.0]])
     left = leave_out_top_choices(logits, torch.tensor([[0.0]]), torch.zeros(1, 4, dtype=torch.bool))
     assert left.isfinite().tolist() == [[True, False, False, False]]
-
-
-@pytest.mark.parametrize("vocab", [4096, 4097, 5000, 33001])
-@pytest.mark.parametrize("count", [3, 64])
-def test_the_highest_are_in_the_vocabulary(vocab: int, count: int) -> None:
-    logits = torch.full((4, vocab), -torch.inf)
-    places = torch.tensor([[7, 100], [vocab - 1, 3], [vocab - 2, vocab - 1], [31, 32]])
-    logits.scatter_(-1, places, torch.tensor([[1.0, 2.0]]).expand(4, -1))
-    values, found = find_highest(logits, count)
-    assert found.max() < vocab
-    assert found[:, :2].tolist() == places.flip(-1).tolist()
-    assert torch.equal(logits.gather(-1, found), values)

@@ -124,6 +124,8 @@ def test_dry_looks_at_a_window_and_has_an_upper_limit() -> None:
     )
     assert wild.isfinite().all()
     assert wild[1] == 0
+    only = {"dry_multiplier": 1e6, "dry_base": 1e6, "allowed_token_ids": (1,)}
+    assert find_distribution(torch.zeros(1, 5), prompt=(1,) * 99, **only)[1] == 1, "it is no ban"
 
 
 def test_no_ngram_is_repeated() -> None:
