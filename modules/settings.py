@@ -178,6 +178,20 @@ class Settings:
         env="OPENEDAI_EMBEDDING_DEVICE",
         flag=False,
     )
+    rerank_model: str | None = setting(
+        API,
+        None,
+        "Cross-encoder for reranking and scores; without one, the embedding model does it.",
+        key="openai-rerank_model",
+        flag=False,
+    )
+    moderation_model: str | None = setting(
+        API,
+        None,
+        "Classifier for moderations; without one, the embedding model compares with examples.",
+        key="openai-moderation_model",
+        flag=False,
+    )
     sd_webui_url: str | None = setting(
         API,
         None,
@@ -185,6 +199,64 @@ class Settings:
         key="openai-sd_webui_url",
         env="SD_WEBUI_URL",
         flag=False,
+    )
+    image_model: Path | None = setting(
+        API,
+        None,
+        "Folder of a diffusers pipeline, for images instead of a web UI.",
+        key="openai-image_model",
+        flag=False,
+    )
+    image_timeout: int = setting(
+        API,
+        600,
+        "How long the images of one request may take, in seconds.",
+        key="openai-image_timeout",
+        flag=False,
+        minimum=1,
+    )
+    transcription_model: str = setting(
+        API,
+        "whisper-tiny.en",
+        "Whisper model for transcriptions: a name, or a folder of CTranslate2's or transformers' "
+        "format.",
+        key="openai-transcription_model",
+        flag=False,
+    )
+    max_audio_minutes: int = setting(
+        API,
+        120,
+        "Longest recording that is transcribed, in minutes.",
+        key="openai-max_audio_minutes",
+        flag=False,
+        minimum=1,
+    )
+    voice: str = setting(
+        API,
+        "en_US-joe-medium",
+        "Voice of speech where a request names one of OpenAI's, which are not to be had.",
+        key="openai-voice",
+        flag=False,
+    )
+    voice_dir: Path = setting(
+        API,
+        PROJECT_ROOT / "models" / "voices",
+        "Folder of Piper voices: .onnx files, each with its .onnx.json.",
+        key="openai-voice_dir",
+        flag=False,
+    )
+    user_data_dir: Path = setting(
+        API,
+        PROJECT_ROOT / "user_data",
+        "Folder for uploaded files and batches; there are none if it cannot be written.",
+    )
+    storage_quota: float = setting(
+        API,
+        5,
+        "How much all uploaded files and results of batches may take, in GiB.",
+        key="openai-storage_quota",
+        flag=False,
+        minimum=0.001,
     )
     debug: bool = setting(
         API,

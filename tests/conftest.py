@@ -16,7 +16,7 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.types import Message
 
-from modules.context import Context
+from modules.context import build_context
 from modules.extensions import FOLDER, load_extensions
 from modules.models import LoadedModel
 from modules.settings import Settings
@@ -63,7 +63,7 @@ def make_app(manager: FakeModelManager) -> MakeApp:
         app = FastAPI(docs_url=None, redoc_url=None)
         known = Settings(**{"extensions": ("openai",), **settings})
         extensions = load_extensions(known, folder)
-        extensions.set_up(Context(known, manager, app, extensions))
+        extensions.set_up(build_context(known, manager, app, extensions))
         return app
 
     return make

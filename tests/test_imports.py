@@ -43,6 +43,7 @@ ASYNCIO = (
     "modules/text_generation.py",
     "modules/extended_generation.py",
     "modules/written_replies.py",
+    "modules/worker.py",
     "extensions/",
     "server.py",
 )

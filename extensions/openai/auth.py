@@ -4,10 +4,11 @@ import hmac
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from fastapi import HTTPException, Request, Response, Security
+from fastapi import HTTPException, Request, Response, Security, params
 from fastapi.routing import APIRoute, APIRouter
 from fastapi.security import HTTPBearer
 
+from extensions.openai.form_request import FormRequest
 from extensions.openai.json_request import JsonRequest
 from extensions.openai.typing import ErrorResponse
 
@@ -21,7 +22,9 @@ DOCS_ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 def build_router(key: str | None) -> APIRouter:
-    """A router for JSON requests whose routes are open only to clients with `key`; None: to all."""
+    """A router whose routes are open only to clients with `key`; None: to all. Bodies are JSON,
+    unless a route asks for a form.
+    """
     return APIRouter(
         route_class=_make_route_class(key), dependencies=[DOCS_SCHEME], responses=DOCS_ERRORS
     )
@@ -60,10 +63,13 @@ def _make_route_class(key: str | None) -> type[APIRoute]:
 
         def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
             handle = super().get_route_handler()
+            field = self.body_field
+            is_form = field is not None and isinstance(field.field_info, params.Form)
+            read = FormRequest if is_form else JsonRequest
 
             async def check_and_handle(request: Request) -> Response:
                 check_key(request, key)
-                return await handle(JsonRequest(request.scope, request.receive))
+                return await handle(read(request.scope, request.receive))
 
             return check_and_handle
 

@@ -11,15 +11,19 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from modules.errors import (
+    BackendError,
+    CapabilityError,
     ContextLengthExceededError,
     EngineDeadError,
     GenerationAbortedError,
     GenerationFailedError,
     HookError,
     InvalidRequestError,
+    MissingPackageError,
     ModelLoadError,
     ModelNotFoundError,
     NoModelLoadedError,
+    NotConfiguredError,
 )
 
 logger = logging.getLogger(__name__)
@@ -48,6 +52,10 @@ ERROR_KINDS: dict[type[Exception], ErrorKind] = {
     ModelNotFoundError: ErrorKind(404, "model_not_found"),
     ModelLoadError: ErrorKind(500, "model_load_failed"),
     NoModelLoadedError: ErrorKind(503, "no_model_loaded"),
+    CapabilityError: ErrorKind(503, "unavailable"),
+    MissingPackageError: ErrorKind(503, "package_missing"),
+    NotConfiguredError: ErrorKind(503, "not_configured"),
+    BackendError: ErrorKind(503, "backend_unavailable"),
     EngineDeadError: ErrorKind(503, "engine_dead"),
     GenerationFailedError: ErrorKind(500, "generation_failed"),
     GenerationAbortedError: ErrorKind(503, "generation_aborted"),

@@ -96,8 +96,9 @@ def test_shipped_file_lists_every_key_with_its_description() -> None:
     assert list(listed) == list(expected)
 
 
-def test_shipped_file_holds_the_defaults() -> None:
-    assert load_settings([], {}) == Settings()
+def test_shipped_file_holds_the_defaults_and_a_model_that_comes_along() -> None:
+    bundled = Settings(embedding_model="all-MiniLM-L6-v2")
+    assert load_settings([], {}) == bundled
 
 
 def test_missing_file_means_the_defaults(load: Load) -> None:

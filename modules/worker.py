@@ -1,0 +1,124 @@
+"""Worker: something that is loaded when it is first needed, and a thread that works with it.
+
+What it is, and what is done with it, is the caller's business. One job runs after the other. The
+thread ends when there are no more: OpenMP keeps a team of helpers for every thread that computes,
+and more helpers than cores slow down each other, and with them the model that writes text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import threading
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterator
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import Generic, TypeVar
+
+from modules.errors import CapabilityError
+
+Resource = TypeVar("Resource")
+Result = TypeVar("Result")
+
+# Of Unix: with 10, a thread gets about a tenth of a core that one with 0 wants too. Somebody reads
+# what the model writes while it is written; what is done here arrives whole or ahead of its time.
+NICENESS = 10
+
+
+class Worker(Generic[Resource]):
+    """`load` is called in the thread, at the first job, and again at the next one if it fails."""
+
+    def __init__(self, name: str, load: Callable[[], Resource]) -> None:
+        self._name = name
+        self._load = load
+        self._resource: Resource | None = None
+        self._jobs: deque[Callable[[], None]] = deque()
+        self._lock = threading.Lock()
+        self._is_running = False
+        self._is_closed = False
+
+    def submit(self, work: Callable[[Resource], Result]) -> Future[Result]:
+        """Have `work` done. The future raises what `load` and `work` raise.
+
+        One that is cancelled before its turn is left out. Raises CapabilityError once closed.
+        """
+        future: Future[Result] = Future()
+
+        def job() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(work(self._get_resource()))
+            except BaseException as error:  # the edge of the thread: whoever waits hears of it
+                future.set_exception(error)
+
+        with self._lock:
+            if self._is_closed:
+                raise CapabilityError("The server is shutting down.")
+            self._jobs.append(job)
+            if not self._is_running:
+                self._is_running = True
+                threading.Thread(target=self._run, name=self._name, daemon=True).start()
+        return future
+
+    async def run(self, work: Callable[[Resource], Result]) -> Result:
+        """As `submit`, for the event loop."""
+        return await asyncio.wrap_future(self.submit(work))
+
+    async def stream(
+        self, work: Callable[[Resource], Iterator[Result]]
+    ) -> AsyncGenerator[Result, None]:
+        """What `work` yields, as soon as it is there. Closing this ends it at its next item."""
+        loop = asyncio.get_running_loop()
+        inbox: asyncio.Queue[Result | None] = asyncio.Queue()
+        is_closed = threading.Event()
+
+        def put(item: Result | None) -> None:
+            with suppress(RuntimeError):  # a loop that is closed has nobody left to tell
+                loop.call_soon_threadsafe(inbox.put_nowait, item)
+
+        def produce(resource: Resource) -> None:
+            for item in work(resource):
+                if is_closed.is_set():
+                    return
+                put(item)
+
+        future = self.submit(produce)
+        future.add_done_callback(lambda _: put(None))
+        try:
+            while (item := await inbox.get()) is not None:
+                yield item
+            future.result()  # raises what has ended it
+        finally:
+            is_closed.set()
+            future.cancel()
+
+    def close(self) -> None:
+        """Refuse new jobs and leave out those that wait; the one that runs goes on to its end."""
+        with self._lock:
+            self._is_closed = True
+
+    def _get_resource(self) -> Resource:
+        if self._is_closed:
+            raise CapabilityError("The server is shutting down.")
+        if self._resource is None:
+            self._resource = self._load()
+        return self._resource
+
+    def _run(self) -> None:
+        lower_priority()
+        while True:
+            with self._lock:
+                if not self._jobs:
+                    self._is_running = False
+                    return
+                job = self._jobs.popleft()
+            job()
+
+
+def lower_priority() -> None:
+    """Let this thread, and those that it starts, give way to the other ones of this process."""
+    if sys.platform == "linux":  # elsewhere, niceness is the whole process' own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)

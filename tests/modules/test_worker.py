@@ -1,0 +1,156 @@
+"""A worker: loading late, one job after the other, streams, and what ends them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import CancelledError
+
+import pytest
+
+from modules.errors import CapabilityError, MissingPackageError
+from modules.optional_packages import import_package
+from modules.worker import NICENESS, Worker
+
+pytestmark = pytest.mark.anyio
+
+WAIT_SECONDS = 5
+
+
+async def test_it_is_loaded_once_and_only_when_it_is_needed() -> None:
+    loaded: list[str] = []
+
+    def load() -> list[str]:
+        loaded.append(threading.current_thread().name)
+        return loaded
+
+    worker = Worker("numbers", load)
+    assert loaded == []
+    assert await worker.run(len) == 1
+    assert await worker.run(len) == 1
+    assert loaded == ["numbers"]
+
+
+async def test_loading_is_tried_again_after_a_failure() -> None:
+    faults = [MissingPackageError("Numbers", "numbers")]
+
+    def load() -> str:
+        if faults:
+            raise faults.pop()
+        return "ready"
+
+    worker = Worker("numbers", load)
+    with pytest.raises(MissingPackageError, match="pip install numbers"):
+        await worker.run(str)
+    assert await worker.run(str) == "ready"
+
+
+async def test_jobs_run_one_after_the_other_in_a_thread_that_ends_with_them() -> None:
+    worker = Worker("numbers", int)
+    running = 0
+
+    def work(resource: int) -> tuple[int, threading.Thread]:
+        nonlocal running
+        running += 1
+        count = running
+        running -= 1
+        return count, threading.current_thread()
+
+    results = await asyncio.gather(*[worker.run(work) for _ in range(50)])
+    assert {count for count, _ in results} == {1}
+    for thread in {thread for _, thread in results}:
+        await asyncio.to_thread(thread.join, WAIT_SECONDS)
+        assert not thread.is_alive()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="niceness is the whole process' elsewhere")
+async def test_it_gives_way_to_the_other_threads() -> None:
+    nice = await Worker("numbers", int).run(lambda _: os.getpriority(os.PRIO_PROCESS, 0))
+    assert nice == NICENESS
+    assert os.getpriority(os.PRIO_PROCESS, 0) < NICENESS
+
+
+async def test_a_stream_arrives_item_by_item() -> None:
+    taken = threading.Event()
+
+    def work(resource: int) -> Iterator[int]:
+        yield 1
+        assert taken.wait(WAIT_SECONDS)  # the second one waits until the first has been taken
+        yield 2
+
+    items = []
+    async for item in Worker("numbers", int).stream(work):
+        items.append(item)
+        taken.set()
+    assert items == [1, 2]
+
+
+async def test_a_stream_says_what_has_ended_it() -> None:
+    def work(resource: int) -> Iterator[int]:
+        yield 1
+        raise CapabilityError("out of numbers")
+
+    items = []
+    with pytest.raises(CapabilityError, match="out of numbers"):
+        async for item in Worker("numbers", int).stream(work):
+            items.append(item)
+    assert items == [1]
+
+
+async def test_who_leaves_a_stream_ends_it() -> None:
+    worker = Worker("numbers", int)
+    made: list[int] = []
+    left = threading.Event()
+
+    def work(resource: int) -> Iterator[int]:
+        for number in range(1000):
+            made.append(number)
+            yield number
+            assert left.wait(WAIT_SECONDS)
+
+    stream = worker.stream(work)
+    assert await anext(stream) == 0
+    await stream.aclose()
+    left.set()
+    await worker.run(str)  # whose turn comes after the stream has ended
+    assert made == [0, 1]
+
+
+async def test_a_job_that_nobody_waits_for_any_more_is_left_out() -> None:
+    worker = Worker("numbers", int)
+    go = threading.Event()
+    first = worker.submit(lambda _: go.wait(WAIT_SECONDS))
+    second = worker.submit(lambda _: 2)
+    assert second.cancel()
+    go.set()
+    assert await asyncio.wrap_future(first) is True
+    with pytest.raises(CancelledError):
+        second.result(WAIT_SECONDS)
+
+
+async def test_a_closed_worker_refuses_work() -> None:
+    worker = Worker("numbers", int)
+    begun, go = threading.Event(), threading.Event()
+
+    def work(resource: int) -> bool:
+        begun.set()
+        return go.wait(WAIT_SECONDS)
+
+    first = worker.submit(work)
+    waiting = worker.submit(str)
+    assert await asyncio.to_thread(begun.wait, WAIT_SECONDS)
+    worker.close()
+    go.set()
+    assert await asyncio.wrap_future(first) is True
+    with pytest.raises(CapabilityError, match="shutting down"):
+        await asyncio.wrap_future(waiting)
+    with pytest.raises(CapabilityError, match="shutting down"):
+        worker.submit(str)
+
+
+def test_a_package_that_is_missing_is_named() -> None:
+    with pytest.raises(MissingPackageError, match="Numbers need the package py-numbers"):
+        import_package("no_such_module", "Numbers", "py-numbers")
