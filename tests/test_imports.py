@@ -37,13 +37,18 @@ LIBRARIES = {
     "torch": {2, 3},
     "transformers": {2, 3},
 }
-TORCH_FREE = ("modules/engine/scheduler.py", "modules/engine/cache_manager.py")
+TORCH_FREE = (
+    "modules/engine/scheduler.py",
+    "modules/engine/cache_manager.py",
+    "modules/batch_queue.py",
+)
 ASYNCIO = (
     "modules/engine/async_engine.py",
     "modules/text_generation.py",
     "modules/extended_generation.py",
     "modules/written_replies.py",
     "modules/worker.py",
+    "modules/batch_worker.py",
     "extensions/",
     "server.py",
 )
