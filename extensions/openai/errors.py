@@ -66,6 +66,7 @@ HTTP_CODES: dict[int, str] = {
     401: "invalid_api_key",
     404: "unknown_url",
     405: "method_not_supported",
+    410: "endpoint_removed",
     413: "request_too_large",
 }
 
