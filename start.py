@@ -27,6 +27,7 @@ USAGE = """\
 python3 start.py [flags]         install what is missing, then run server.py with these flags
 python3 start.py install [flags] install what these flags need, and stop
 python3 start.py test [args]     install everything, then run pytest with these arguments
+python3 start.py download [args] install what is missing, then run download-model.py with these
 
 Packages are installed into .venv beside this file; deleting that folder undoes it all.
 """
@@ -72,11 +73,11 @@ def fail(message: str, exit_code: int = 1) -> int:
 
 def start(argv: list[str]) -> int:
     verb, arguments = ("serve", argv)
-    if argv[:1] in (["install"], ["test"]):
+    if argv[:1] in (["install"], ["test"], ["download"]):
         verb, arguments = argv[0], argv[1:]
     files = requirements_files(verb, arguments)
 
-    if verb != "test" and {"-h", "--help"} & set(arguments):
+    if verb in ("serve", "install") and {"-h", "--help"} & set(arguments):
         print(USAGE, flush=True)
         if verb == "install":
             return 0
@@ -87,6 +88,8 @@ def start(argv: list[str]) -> int:
     install(files)
     if verb == "serve":
         return become([str(ROOT / "server.py"), *arguments])
+    if verb == "download":
+        return become([str(ROOT / "download-model.py"), *arguments])
     if verb == "test":
         os.chdir(ROOT)  # where pytest finds its settings
         return become(["-m", "pytest", *arguments])

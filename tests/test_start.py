@@ -221,6 +221,12 @@ def test_the_old_client_goes_into_a_folder_of_its_own(project):
     assert "tiny-old" not in start(project).served["packages"]
 
 
+def test_download_passes_its_arguments_on(project, tmp_path):
+    (project / "download-model.py").write_text("import sys; print('download', sys.argv[1:])")
+    run = start(project, "download", "org/name", "--help", cwd=tmp_path)
+    assert "download ['org/name', '--help']" in run.output
+
+
 def test_exit_code_of_the_server_is_passed_on(project):
     assert start(project, "--fail").returncode == 3
 
