@@ -86,9 +86,11 @@ async def test_faults_name_the_field(client: httpx.AsyncClient) -> None:
     response = await client.post(
         "/upload", files={"file": b"x"}, data={"count": "many"}, headers=KEY
     )
-    assert_error_shape(response, 400, param="count")
+    message = assert_error_shape(response, 400, param="count")
+    assert message == "Invalid value for 'count': Input should be an integer."
     response = await client.post("/upload", data={"file": "no file"}, files={"x": b""}, headers=KEY)
-    assert_error_shape(response, 400, param="file")
+    message = assert_error_shape(response, 400, param="file")
+    assert message == "Invalid value for 'file': Input should be a file."
 
 
 async def test_the_key_comes_first(client: httpx.AsyncClient) -> None:
