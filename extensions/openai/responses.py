@@ -2,7 +2,7 @@
 
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +94,15 @@ def build_model(model_id: str) -> Json:
 
 def build_model_list(model_ids: Iterable[str]) -> Json:
     return {"object": "list", "data": [build_model(model_id) for model_id in model_ids]}
+
+
+def build_engine(engine_id: str, is_ready: bool) -> Json:
+    return {"id": engine_id, "object": "engine", "owner": "user", "ready": is_ready}
+
+
+def build_engine_list(is_ready: Mapping[str, bool]) -> Json:
+    """Of each engine whether it is loaded → their list."""
+    return {"object": "list", "data": [build_engine(*entry) for entry in is_ready.items()]}
 
 
 def _build_object(envelope: Envelope, object_name: str, choices: list[Json]) -> Json:

@@ -634,6 +634,23 @@ class CompletionRequest(GenerationOptions):
         return self
 
 
+class GenerateRequest(CompletionRequest):
+    """The same in the words of the first engines, where `context` is the prompt and `length` is
+    `max_tokens`.
+    """
+
+    model_config = _example({"context": "This is a cake recipe:\n\n1.", "length": 100})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rename(cls, data: Any) -> Any:
+        """Those that are given by their present names win."""
+        if not isinstance(data, dict):
+            return data
+        names = {"context": "prompt", "length": "max_tokens"}
+        return {names[name]: data[name] for name in names if name in data} | data
+
+
 # A longer one names no file, and nobody.
 Name = Annotated[str, Field(max_length=256)]
 # Longer ones fit into no model's context.
@@ -1019,3 +1036,22 @@ class DetokenizedText(BaseModel):
 
 class PresetList(BaseModel):
     preset_names: list[str]
+
+
+# Older programs
+
+
+class Engine(BaseModel):
+    id: str
+    object: Literal["engine"]
+    owner: str
+    ready: bool = Field(description="Whether it is loaded.")
+
+
+class EngineList(BaseModel):
+    object: Literal["list"]
+    data: list[Engine]
+
+
+class BillingUsage(BaseModel):
+    total_usage: int = Field(description="It costs nothing.")

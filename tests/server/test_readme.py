@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from modules.characters import to_character
+from modules.model_download import parse_model
 from modules.settings import PROJECT_ROOT, load_settings
 
 from .conftest import Server
@@ -91,6 +92,9 @@ def test_commands_are_understood(block: str, tmp_path: Path) -> None:
         if "server.py" in words or words[:2] == ["python3", "start.py"]:
             assert (PROJECT_ROOT / words[1]).is_file()
             verb = words[2:3] in (["test"], ["install"])
+            if words[2:3] == ["download"]:
+                assert parse_model(words[3])
+                continue
             load_settings(words[3 if verb else 2 :], {}, tmp_path)
 
 
