@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from modules.embeddings import Embedder
+from modules.moderation import Moderator
 from modules.settings import Settings
 
 if TYPE_CHECKING:  # names only: the web framework is not for this layer, and torch loads slowly
@@ -22,9 +23,11 @@ class Context:
     app: FastAPI
     extensions: Extensions
     embeddings: Embedder
+    moderation: Moderator
 
     def close(self) -> None:
         """Let everything go; what is still at work fails with a typed error."""
+        self.moderation.close()
         self.embeddings.close()
         self.models.unload()
 
@@ -33,4 +36,6 @@ def build_context(
     settings: Settings, models: ModelManager, app: FastAPI, extensions: Extensions
 ) -> Context:
     """With all capabilities, none of which has loaded anything yet."""
-    return Context(settings, models, app, extensions, Embedder(settings))
+    embeddings = Embedder(settings)
+    moderation = Moderator(settings, embeddings)
+    return Context(settings, models, app, extensions, embeddings, moderation)

@@ -14,6 +14,7 @@ from extensions.openai import (
     legacy,
     logits,
     models,
+    moderations,
     tokens,
 )
 from extensions.openai.auth import build_router
@@ -38,7 +39,17 @@ MIB = 2**20
 def setup(context: Context) -> None:
     check_settings(context.settings)
     router = build_router(context.settings.api_key)
-    for endpoints in (chat_completions, completions, models, internal, logits, tokens, legacy):
+    families = (
+        chat_completions,
+        completions,
+        models,
+        moderations,
+        internal,
+        logits,
+        tokens,
+        legacy,
+    )
+    for endpoints in families:
         endpoints.add_routes(router, context)
     context.app.include_router(router)
     options_route = OptionsRoute("/{path:path}", _answer_options, methods=["OPTIONS"])

@@ -58,7 +58,7 @@ async def send(
     if settings.debug:
         answer = replace(answer, chunks=_log_in_full(answer.chunks))
     if not options.stream:
-        return await _send_whole(answer, request)
+        return await send_whole(answer.fold(answer.chunks), request, answer.headers)
     dialect = choose_dialect(settings.stream_format, request.headers.get("user-agent", ""))
     include_usage = options.stream_options.include_usage
     frames = to_frames(answer.chunks, dialect, include_usage, settings.debug)
@@ -184,11 +184,14 @@ def _join_logprobs(parts: list[Json] | None) -> Json | None:
     }
 
 
-async def _send_whole(answer: Answer, request: Request) -> Response:
-    body = await _run_while_connected(answer.fold(answer.chunks), request.receive)
+async def send_whole(
+    work: Coroutine[Any, Any, Json], request: Request, headers: Mapping[str, str] | None = None
+) -> Response:
+    """The result of `work`, which is cancelled if the client leaves before."""
+    body = await _run_while_connected(work, request.receive)
     if body is None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
-    return Response(_to_json(body).encode(), 200, answer.headers, "application/json")
+    return Response(_to_json(body).encode(), 200, headers, "application/json")
 
 
 async def _run_while_connected(work: Coroutine[Any, Any, Json], receive: Receive) -> Json | None:
