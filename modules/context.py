@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from modules.embeddings import Embedder
+from modules.moderation import Moderator
 from modules.reranking import Reranker
 from modules.settings import Settings
 
@@ -24,9 +25,11 @@ class Context:
     extensions: Extensions
     embeddings: Embedder
     reranker: Reranker
+    moderation: Moderator
 
     def close(self) -> None:
         """Let everything go; what is still at work fails with a typed error."""
+        self.moderation.close()
         self.embeddings.close()
         self.reranker.close()
         self.models.unload()
@@ -36,5 +39,13 @@ def build_context(
     settings: Settings, models: ModelManager, app: FastAPI, extensions: Extensions
 ) -> Context:
     """With all capabilities, none of which has loaded anything yet."""
-    embedder = Embedder(settings)
-    return Context(settings, models, app, extensions, embedder, Reranker(settings, embedder))
+    embeddings = Embedder(settings)
+    return Context(
+        settings,
+        models,
+        app,
+        extensions,
+        embeddings=embeddings,
+        reranker=Reranker(settings, embeddings),
+        moderation=Moderator(settings, embeddings),
+    )

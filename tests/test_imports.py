@@ -50,6 +50,7 @@ ASYNCIO = (
     "modules/written_replies.py",
     "modules/worker.py",
     "modules/batch_worker.py",
+    "modules/moderation.py",
     "extensions/",
     "server.py",
 )

@@ -15,6 +15,7 @@ from extensions.openai import (
     legacy,
     logits,
     models,
+    moderations,
     rerank,
     search,
     tokens,
@@ -47,6 +48,7 @@ ENDPOINTS = (
     embeddings,
     rerank,
     search,
+    moderations,
     legacy,
 )
 

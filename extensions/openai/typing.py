@@ -18,6 +18,7 @@ from pydantic import (
     Field,
     PlainValidator,
     RootModel,
+    TypeAdapter,
     ValidationError,
     WithJsonSchema,
     model_validator,
@@ -1231,6 +1232,48 @@ class ScoreList(BaseModel):
     model: str
     data: list[Score]
     usage: EmbeddingUsage
+
+
+# Moderations
+
+
+class ModerationPart(TypedDict):
+    type: Literal["text"]
+    text: str
+
+
+class ModerationRequest(WireModel):
+    model_config = _example({"input": ["I like your garden.", "I will hurt you."]})
+
+    # Looked at where it is read, which says what is wrong with which of them.
+    input: Annotated[
+        Any, WithJsonSchema(TypeAdapter(str | list[str] | list[ModerationPart]).json_schema())
+    ] = Field(
+        description="A text, a list of texts, or a list of text parts, which together are one "
+        "text. Images are refused: nothing here looks at them."
+    )
+    model: str | None = Field(default=None, description="Accepted and not used.")
+
+
+class ModerationCategories(RootModel[dict[str, bool]]):
+    """By category, whether the text belongs to it: its score is 0.5 or more."""
+
+
+class ModerationScores(RootModel[dict[str, float]]):
+    """By category, the probability that the text belongs to it."""
+
+
+class ModerationResult(BaseModel):
+    flagged: bool = Field(description="Whether it belongs to any of the categories.")
+    categories: ModerationCategories
+    category_scores: ModerationScores
+    category_applied_input_types: dict[str, list[Literal["text"]]]
+
+
+class Moderations(BaseModel):
+    id: str
+    model: str = Field(description="The model that has judged.")
+    results: list[ModerationResult] = Field(description="One for each text, in their order.")
 
 
 # Older programs
