@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from modules.images import Images
 from modules.settings import Settings
 
 if TYPE_CHECKING:  # names only: the web framework is not for this layer, and torch loads slowly
@@ -20,14 +21,16 @@ class Context:
     models: ModelManager
     app: FastAPI
     extensions: Extensions
+    images: Images
 
     def close(self) -> None:
         """Let everything go; what is still at work fails with a typed error."""
         self.models.unload()
+        self.images.close()
 
 
 def build_context(
     settings: Settings, models: ModelManager, app: FastAPI, extensions: Extensions
 ) -> Context:
     """With all capabilities, none of which has loaded anything yet."""
-    return Context(settings, models, app, extensions)
+    return Context(settings, models, app, extensions, Images(settings))

@@ -44,6 +44,9 @@ ASYNCIO = (
     "modules/extended_generation.py",
     "modules/written_replies.py",
     "modules/worker.py",
+    "modules/images.py",
+    "modules/sd_webui.py",
+    "modules/diffusers_pipeline.py",
     "extensions/",
     "server.py",
 )

@@ -11,13 +11,14 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request, Response
 from sse_starlette import EventSourceResponse
 from starlette.types import Receive
 
 from extensions.openai.errors import ERROR_KINDS, to_error, to_internal_error
+from extensions.openai.file_json import to_file_json
 from extensions.openai.responses import Choice, Json
 from extensions.openai.typing import GenerationOptions
 from modules.settings import Settings
@@ -25,6 +26,7 @@ from modules.settings import Settings
 logger = logging.getLogger(__name__)
 
 Chunks = AsyncGenerator[Json, None]
+Result = TypeVar("Result")
 
 PING_SECONDS = 15
 # A header with the number of messages that did not fit into the prompt.
@@ -58,7 +60,7 @@ async def send(
     if settings.debug:
         answer = replace(answer, chunks=_log_in_full(answer.chunks))
     if not options.stream:
-        return await _send_whole(answer, request)
+        return await send_json(answer.fold(answer.chunks), request, answer.headers)
     dialect = choose_dialect(settings.stream_format, request.headers.get("user-agent", ""))
     include_usage = options.stream_options.include_usage
     frames = to_frames(answer.chunks, dialect, include_usage, settings.debug)
@@ -92,13 +94,36 @@ async def to_frames(
         async with aclosing(events):
             async for event in events:
                 yield to_frame(event)
-    except tuple(ERROR_KINDS) as error:
-        yield to_frame(to_error(error)[1])
-    except Exception as error:  # as in InternalErrorMiddleware, after the first byte was sent
-        yield to_frame(to_internal_error(error, debug)[1])
+    except Exception as error:
+        yield _to_error_frame(error, debug)
     else:
         if not classic:
             yield DONE
+
+
+def send_typed(events: Chunks, settings: Settings) -> Response:
+    """A stream of events of several types, which say their `type`, and may hold files. It ends with
+    the last of them, without a sentinel, as OpenAI's streams of this kind do.
+    """
+    frames = to_typed_frames(events, settings.debug)
+    return EventSourceResponse(frames, sep="\n", ping=PING_SECONDS)
+
+
+async def to_typed_frames(events: Chunks, debug: bool) -> AsyncGenerator[bytes, None]:
+    try:
+        async with aclosing(events):
+            async for event in events:
+                content = await to_file_json(event)
+                yield f"event: {event['type']}\ndata: ".encode() + content + b"\n\n"
+    except Exception as error:
+        yield _to_error_frame(error, debug)
+
+
+def _to_error_frame(error: Exception, debug: bool) -> bytes:
+    """As InternalErrorMiddleware and the table of errors do it before the first byte is sent."""
+    if isinstance(error, tuple(ERROR_KINDS)):
+        return to_frame(to_error(error)[1])
+    return to_frame(to_internal_error(error, debug)[1])
 
 
 def to_frame(event: Json) -> bytes:
@@ -184,14 +209,22 @@ def _join_logprobs(parts: list[Json] | None) -> Json | None:
     }
 
 
-async def _send_whole(answer: Answer, request: Request) -> Response:
-    body = await _run_while_connected(answer.fold(answer.chunks), request.receive)
-    if body is None:
+async def send_json(
+    work: Coroutine[Any, Any, Json | bytes],
+    request: Request,
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    """The result of `work`, JSON already or not; it is cancelled if the client leaves."""
+    result = await _run_while_connected(work, request.receive)
+    if result is None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
-    return Response(_to_json(body).encode(), 200, answer.headers, "application/json")
+    content = result if isinstance(result, bytes) else _to_json(result).encode()
+    return Response(content, 200, headers, "application/json")
 
 
-async def _run_while_connected(work: Coroutine[Any, Any, Json], receive: Receive) -> Json | None:
+async def _run_while_connected(
+    work: Coroutine[Any, Any, Result], receive: Receive
+) -> Result | None:
     """The result of `work`, or None after cancelling it because the client has left."""
     work_task = asyncio.create_task(work)
     watch_task = asyncio.create_task(_wait_for_disconnect(receive))

@@ -75,6 +75,7 @@ def test_names_of_the_users_document_exist() -> None:
     assert {row.env for row in SETTINGS if row.env} == {
         *("OPENEDAI_PORT", "OPENEDAI_CERT_PATH", "OPENEDAI_KEY_PATH", "OPENEDAI_DEBUG"),
         *("SD_WEBUI_URL", "OPENEDAI_EMBEDDING_MODEL", "OPENEDAI_EMBEDDING_DEVICE"),
+        "SD_BASE_MODEL_SIZE",  # of the same API, though the document does not have it
     }
     assert keys >= {
         *("openai-embedding_device", "openai-embedding_model", "openai-sd_webui_url"),
