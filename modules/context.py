@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from modules.embeddings import Embedder
+from modules.images import Images
 from modules.moderation import Moderator
 from modules.reranking import Reranker
 from modules.settings import Settings
@@ -26,12 +27,14 @@ class Context:
     embeddings: Embedder
     reranker: Reranker
     moderation: Moderator
+    images: Images
 
     def close(self) -> None:
         """Let everything go; what is still at work fails with a typed error."""
         self.moderation.close()
         self.embeddings.close()
         self.reranker.close()
+        self.images.close()
         self.models.unload()
 
 
@@ -48,4 +51,5 @@ def build_context(
         embeddings=embeddings,
         reranker=Reranker(settings, embeddings),
         moderation=Moderator(settings, embeddings),
+        images=Images(settings),
     )

@@ -200,6 +200,17 @@ class Settings:
         env="SD_WEBUI_URL",
         flag=False,
     )
+    sd_base_model_size: int = setting(
+        API,
+        512,
+        "Width of the pictures that the web UI's model has learnt from: 512, or 1024 for SDXL. "
+        "Larger ones are made so large and scaled up.",
+        key="openai-sd_base_model_size",
+        env="SD_BASE_MODEL_SIZE",
+        flag=False,
+        minimum=64,
+        maximum=4096,
+    )
     image_model: Path | None = setting(
         API,
         None,
@@ -252,7 +263,7 @@ class Settings:
     )
     storage_quota: float = setting(
         API,
-        5,
+        5.0,
         "How much all uploaded files and results of batches may take, in GiB.",
         key="openai-storage_quota",
         flag=False,

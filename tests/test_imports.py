@@ -51,6 +51,9 @@ ASYNCIO = (
     "modules/worker.py",
     "modules/batch_worker.py",
     "modules/moderation.py",
+    "modules/images.py",
+    "modules/sd_webui.py",
+    "modules/diffusers_pipeline.py",
     "extensions/",
     "server.py",
 )

@@ -11,6 +11,7 @@ from extensions.openai import (
     chat_completions,
     completions,
     embeddings,
+    images,
     internal,
     legacy,
     logits,
@@ -49,6 +50,7 @@ ENDPOINTS = (
     rerank,
     search,
     moderations,
+    images,
     legacy,
 )
 
