@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 from modules.errors import (
     BackendError,
-    CapabilityError,
     InvalidRequestError,
     ModelLoadError,
     NotConfiguredError,
@@ -65,14 +64,13 @@ SAMPLERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 
 Request = GenerationRequest | EditRequest | VariationRequest
 Emit = Callable[[ImageEvent], None]
-MustStop = Callable[[], bool]
+IsLeft = Callable[[], bool]
 
 
 class DiffusersPipeline:
     def __init__(self, folder: Path, is_on_cpu: bool) -> None:
         self._worker = Worker("images", lambda: _Pipelines(folder, is_on_cpu))
         self._size: Size | None = None
-        self._is_closed = threading.Event()
 
     async def prepare(self) -> Size:
         if self._size is None:
@@ -89,7 +87,6 @@ class DiffusersPipeline:
         return self._run(request)
 
     def close(self) -> None:
-        self._is_closed.set()
         self._worker.close()
 
     async def _run(self, request: Request) -> AsyncGenerator[ImageEvent, None]:
@@ -102,10 +99,7 @@ class DiffusersPipeline:
             with suppress(RuntimeError):  # a loop that is closed has nobody left to tell
                 loop.call_soon_threadsafe(inbox.put_nowait, event)
 
-        def must_stop() -> bool:
-            return is_left.is_set() or self._is_closed.is_set()
-
-        future = self._worker.submit(lambda pipelines: pipelines.run(request, emit, must_stop))
+        future = self._worker.submit(lambda pipelines: pipelines.run(request, emit, is_left.is_set))
         future.add_done_callback(lambda _: emit(None))
         try:
             while (event := await inbox.get()) is not None:
@@ -130,7 +124,7 @@ class _Pipelines:
         self._scheduler_class = type(self._pipeline.scheduler)
         self.size = _find_own_size(self._pipeline)
 
-    def run(self, request: Request, emit: Emit, must_stop: MustStop) -> None:
+    def run(self, request: Request, emit: Emit, is_left: IsLeft) -> None:
         """Raises InvalidRequestError and CapabilityError."""
         import torch
 
@@ -142,7 +136,7 @@ class _Pipelines:
             for index in range(options.num_images):
                 pipeline.set_progress_bar_config(disable=True)
                 pipeline.scheduler = self._make_scheduler(options.sampler_name)
-                watch = _Watch(options, index, emit, must_stop)
+                watch = _Watch(options, index, emit, is_left)
                 picture = pipeline(
                     **arguments,
                     **_take(pipeline, callback_on_step_end=watch),
@@ -150,7 +144,7 @@ class _Pipelines:
                 ).images[0]
                 emit(_finish(picture, request))
         except _StoppedError:
-            raise CapabilityError("The server is shutting down.") from None
+            return
         except torch.OutOfMemoryError:
             raise BackendError("There is not enough memory for an image of that size.") from None
 
@@ -217,14 +211,14 @@ class _StoppedError(Exception):
 class _Watch:
     """What a pipeline calls after each step of one picture."""
 
-    def __init__(self, options: ImageOptions, index: int, emit: Emit, must_stop: MustStop) -> None:
+    def __init__(self, options: ImageOptions, index: int, emit: Emit, is_left: IsLeft) -> None:
         self._options = options
         self._index = index
         self._emit = emit
-        self._must_stop = must_stop
+        self._is_left = is_left
 
     def __call__(self, pipeline: Any, step: int, timestep: Any, state: Any) -> Any:
-        if self._must_stop():
+        if self._is_left():
             raise _StoppedError
         if self._is_time(step, pipeline.num_timesteps) and "latents" in state:
             picture = _decode_latents(pipeline, state["latents"])
@@ -261,7 +255,7 @@ def _to_arguments(pipeline: Any, request: Request) -> dict[str, Any]:
         "num_inference_steps": _choose_steps(pipeline, request),
         **taken,
         **_take(pipeline, width=request.size.width, height=request.size.height),
-        **_to_start(request),
+        **_take(pipeline, **_to_start(request)),
     }
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 
 from modules.diffusers_pipeline import DiffusersPipeline
-from modules.errors import BackendError, NotConfiguredError
+from modules.errors import BackendError, CapabilityError, NotConfiguredError
 from modules.image_backend import (
     EditRequest,
     GenerationRequest,
@@ -37,7 +37,7 @@ VARIATION_STRENGTH = 0.6
 class Images:
     """What can be refused is refused by the three calls; the work begins with the iteration.
 
-    Both raise InvalidRequestError and CapabilityError.
+    Calls and iteration raise InvalidRequestError and CapabilityError.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -46,6 +46,7 @@ class Images:
         self._backend = _choose_backend(settings, self._files)
         self._turn = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._is_closed = False
 
     async def generate(self, options: ImageOptions) -> ImageEvents:
         backend, auto_size = await self._prepare()
@@ -81,6 +82,11 @@ class Images:
         return self._run(backend.vary(request))
 
     def close(self) -> None:
+        """From any thread. What is at work fails with CapabilityError."""
+        self._is_closed = True
+        for task in tuple(self._tasks):
+            with suppress(RuntimeError):  # a loop that is closed has ended them already
+                task.get_loop().call_soon_threadsafe(task.cancel)
         self._files.close()
         if self._backend is not None:
             self._backend.close()
@@ -102,13 +108,18 @@ class Images:
         inbox: asyncio.Queue[ImageEvent | None] = asyncio.Queue()
         task = asyncio.create_task(self._work(events, inbox))
         self._tasks.add(task)  # the loop holds tasks loosely
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._forget)
         try:
             while (event := await inbox.get()) is not None:
                 yield event
             await task  # raises what has ended it
         finally:
             task.cancel()
+
+    def _forget(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # or else asyncio logs one that nobody was left to hear of
 
     async def _work(self, events: ImageEvents, inbox: asyncio.Queue[ImageEvent | None]) -> None:
         try:
@@ -117,8 +128,12 @@ class Images:
                     inbox.put_nowait(event)
         except TimeoutError:
             raise BackendError(
-                f"The images have taken longer than {self._timeout} seconds (openai-image_timeout)."
+                f"The images have taken longer than {self._timeout} s (openai-image_timeout)."
             ) from None
+        except asyncio.CancelledError:
+            if self._is_closed:
+                raise CapabilityError("The server is shutting down.") from None
+            raise
         finally:
             inbox.put_nowait(None)
 

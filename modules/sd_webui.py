@@ -60,7 +60,7 @@ CALL_SECONDS = 30
 # Between two looks at what it does.
 PROGRESS_SECONDS = 0.5
 # How long a request that nobody waits for any more may go on before it is left to itself.
-LEAVE_SECONDS = 60
+LEAVE_SECONDS = 20
 
 
 class SdWebUi:

@@ -14,6 +14,7 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType, NoneType, UnionType
 from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin
+from urllib.parse import urlsplit
 
 import yaml
 
@@ -607,10 +608,18 @@ def _check_tls(given: Mapping[str, Given]) -> None:
 
 def _check_url(given: Mapping[str, Given]) -> None:
     url = given.get("sd_webui_url", Given(None, ""))
-    if url.value and not url.value.startswith(("http://", "https://")):
+    if url.value and not _is_address(url.value):
         raise SettingsError(
             f"{url.source}: expected an address that begins with http:// or https://"
         )
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, half of an IPv6 address
+        return False
 
 
 def _extensions(values: Mapping[str, Any]) -> tuple[str, ...]:

@@ -284,6 +284,9 @@ def test_flags_of_other_loaders_are_not_ours() -> None:
         ({"OPENEDAI_PORT": "http"}, "OPENEDAI_PORT: expected a whole number, not 'http'"),
         ({"OPENEDAI_DEBUG": "perhaps"}, "OPENEDAI_DEBUG: expected true or false"),
         ({"SD_WEBUI_URL": "127.0.0.1:7861"}, "SD_WEBUI_URL: expected an address"),
+        ({"SD_WEBUI_URL": "http://"}, "SD_WEBUI_URL: expected an address"),
+        ({"SD_WEBUI_URL": "http://[::1"}, "SD_WEBUI_URL: expected an address"),
+        ({"SD_WEBUI_URL": "http://127.0.0.1:web"}, "SD_WEBUI_URL: expected an address"),
         ({"OPENEDAI_CERT_PATH": "no.pem"}, "OPENEDAI_CERT_PATH: there is no file"),
     ],
 )

@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import re
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +19,12 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from openai.types import ImageEditCompletedEvent, ImageGenCompletedEvent, ImagesResponse
 from PIL import Image
 
+from extensions.openai import typing
 from modules import sd_webui
+from modules.errors import CapabilityError
+from modules.image_backend import ImageOptions
+from modules.images import Images
+from modules.settings import Settings
 from tests.conftest import AsgiCall, MakeApp, connect, run_server, wait_for
 from tests.openai.assertions import assert_error_object, assert_error_shape
 from tests.openai.test_clients import assert_no_extra_fields
@@ -96,6 +102,43 @@ def mask_file(size: tuple[int, int] = (128, 64), hole: tuple[int, ...] = (0, 0, 
     target = io.BytesIO()
     mask.save(target, "PNG")
     return target.getvalue()
+
+
+# As /docs has it
+
+
+@pytest.fixture
+async def document(client: httpx.AsyncClient) -> dict[str, Any]:
+    answer: dict[str, Any] = (await client.get("/openapi.json")).json()
+    return answer
+
+
+async def test_answers_are_as_described(
+    client: httpx.AsyncClient, document: dict[str, Any]
+) -> None:
+    for path, body_type in (
+        (GENERATIONS, "application/json"),
+        (EDITS, "multipart/form-data"),
+        (VARIATIONS, "multipart/form-data"),
+    ):
+        operation = document["paths"][path]["post"]
+        assert list(operation["requestBody"]["content"]) == [body_type]
+        content = operation["responses"]["200"]["content"]
+        assert content["application/json"]["schema"]["$ref"].endswith("/ImageList")
+        assert ("text/event-stream" in content) is (path != VARIATIONS)
+        typing.ImageList.model_validate(content["application/json"]["example"], strict=True)
+    answer = await generate(client, size="64x64")
+    assert typing.ImageList.model_validate(answer).model_dump(exclude_unset=True) == answer
+
+
+async def test_the_example_of_a_request_works(
+    client: httpx.AsyncClient, document: dict[str, Any]
+) -> None:
+    [example] = document["components"]["schemas"]["ImageGenerationRequest"]["examples"]
+    await generate(client, **example)
+    for name in ("ImageGenerationRequest", "ImageEditRequest", "ImageVariationRequest"):
+        for field, schema in document["components"]["schemas"][name]["properties"].items():
+            assert schema.get("description"), f"{name}.{field} has no description"
 
 
 # What the web UI is asked for
@@ -424,8 +467,22 @@ async def test_a_timeout_interrupts(make_app: MakeApp, url: str, web_ui: WebUi) 
     async with connect(make_app(sd_webui_url=url, image_timeout=1)) as client:
         response = await client.post(GENERATIONS, json={"prompt": PROMPT})
     message = assert_error_shape(response, 503, code="backend_unavailable")
-    assert "longer than 1 seconds (openai-image_timeout)" in message
+    assert "longer than 1 s (openai-image_timeout)" in message
     await wait_for(web_ui.interrupted)
+
+
+async def test_what_is_at_work_when_the_server_ends(url: str, web_ui: WebUi) -> None:
+    web_ui.is_slow = True
+    images = Images(Settings(sd_webui_url=url))
+    events = await images.generate(ImageOptions(PROMPT))
+    first = asyncio.create_task(anext(events))
+    await wait_for(web_ui.begun)
+    await asyncio.to_thread(images.close)
+    with pytest.raises(CapabilityError, match="shutting down"):
+        await first
+    assert web_ui.interrupted.is_set()
+    with pytest.raises(CapabilityError, match="shutting down"):
+        await images.generate(ImageOptions(PROMPT))
 
 
 # A web UI that does not work
@@ -517,6 +574,16 @@ async def test_more_pictures_than_were_asked_for(client: httpx.AsyncClient, web_
     web_ui.answer = JSONResponse({"images": [grid, own, other], "info": info})
     answer = await generate(client, size="64x64")
     assert [open_url(image["url"]).size for image in answer["data"]] == [(64, 64)]
+
+
+@pytest.mark.parametrize(("module", "package"), [("httpx2", "httpx2"), ("PIL.Image", "pillow")])
+async def test_a_package_is_missing(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, module: str, package: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    response = await client.post(GENERATIONS, json={"prompt": PROMPT})
+    message = assert_error_shape(response, 503, code="package_missing")
+    assert message.endswith(f"pip install {package}")
 
 
 async def test_a_program_without_the_api(make_app: MakeApp) -> None:
