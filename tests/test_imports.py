@@ -53,7 +53,6 @@ ASYNCIO = (
     "modules/moderation.py",
     "modules/images.py",
     "modules/sd_webui.py",
-    "modules/diffusers_pipeline.py",
     "extensions/",
     "server.py",
 )
