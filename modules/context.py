@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from modules.embeddings import Embedder
+from modules.images import Images
+from modules.moderation import Moderator
 from modules.reranking import Reranker
 from modules.settings import Settings
 
@@ -24,11 +26,15 @@ class Context:
     extensions: Extensions
     embeddings: Embedder
     reranker: Reranker
+    moderation: Moderator
+    images: Images
 
     def close(self) -> None:
         """Let everything go; what is still at work fails with a typed error."""
+        self.moderation.close()
         self.embeddings.close()
         self.reranker.close()
+        self.images.close()
         self.models.unload()
 
 
@@ -36,5 +42,14 @@ def build_context(
     settings: Settings, models: ModelManager, app: FastAPI, extensions: Extensions
 ) -> Context:
     """With all capabilities, none of which has loaded anything yet."""
-    embedder = Embedder(settings)
-    return Context(settings, models, app, extensions, embedder, Reranker(settings, embedder))
+    embeddings = Embedder(settings)
+    return Context(
+        settings,
+        models,
+        app,
+        extensions,
+        embeddings=embeddings,
+        reranker=Reranker(settings, embeddings),
+        moderation=Moderator(settings, embeddings),
+        images=Images(settings),
+    )

@@ -50,6 +50,7 @@ class ModelKind(Enum):
     EMBEDDING = auto()
     SCORE = auto()
     """Of two texts: a cross-encoder."""
+    CLASSIFICATION = auto()
     TRANSCRIPTION = auto()
     VOICE = auto()
 

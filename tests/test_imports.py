@@ -50,6 +50,10 @@ ASYNCIO = (
     "modules/written_replies.py",
     "modules/worker.py",
     "modules/batch_worker.py",
+    "modules/moderation.py",
+    "modules/images.py",
+    "modules/sd_webui.py",
+    "modules/diffusers_pipeline.py",
     "extensions/",
     "server.py",
 )

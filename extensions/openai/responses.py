@@ -111,6 +111,47 @@ def build_engine_list(is_ready: Mapping[str, bool]) -> Json:
     return {"object": "list", "data": [build_engine(*entry) for entry in is_ready.items()]}
 
 
+def build_image(image: Json, revised_prompt: str | None) -> Json:
+    """`image` is its `url` or its `b64_json`."""
+    return image if revised_prompt is None else {**image, "revised_prompt": revised_prompt}
+
+
+def build_image_list(images: list[Json], output_format: str, size: str) -> Json:
+    return {
+        "created": int(time.time()),
+        "background": "opaque",
+        "data": images,
+        "output_format": output_format,
+        "size": size,
+    }
+
+
+def build_image_event(
+    event_type: str, image: Any, output_format: str, size: str, quality: str, own: Json
+) -> Json:
+    """`own` is what only events of this type have."""
+    return {
+        "type": event_type,
+        "b64_json": image,
+        "background": "opaque",
+        "created_at": int(time.time()),
+        "output_format": output_format,
+        "quality": quality,
+        "size": size,
+        **own,
+    }
+
+
+def build_image_usage() -> Json:
+    """Images are not made of tokens here; OpenAI's type wants numbers."""
+    return {
+        "input_tokens": 0,
+        "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
+        "output_tokens": 0,
+        "total_tokens": 0,
+    }
+
+
 def _build_object(envelope: Envelope, object_name: str, choices: list[Json]) -> Json:
     return {
         "id": envelope.id,

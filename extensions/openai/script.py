@@ -11,10 +11,12 @@ from extensions.openai import (
     chat_completions,
     completions,
     embeddings,
+    images,
     internal,
     legacy,
     logits,
     models,
+    moderations,
     rerank,
     search,
     tokens,
@@ -47,6 +49,8 @@ ENDPOINTS = (
     embeddings,
     rerank,
     search,
+    moderations,
+    images,
     legacy,
 )
 
