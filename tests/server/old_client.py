@@ -59,6 +59,22 @@ def chat_streamed():
     return list(chunks)
 
 
+def embed():
+    texts = ["The cat sits outside.", "A kitten is in the garden."]
+    return openai.Embedding.create(model="text-embedding-ada-002", input=texts)
+
+
+def embed_by_engine():
+    return openai.Engine("any").embeddings(input="The cat sits outside.")
+
+
+def search():
+    """As `Engine.search` of still older clients, which this one has no more."""
+    engine = openai.Engine("davinci")
+    params = {"documents": ["White House", "hospital", "school"], "query": "the president"}
+    return engine.request("post", f"{engine.instance_url()}/search", params)
+
+
 def edit():
     try:
         openai.Edit.create(model="any", instruction="Correct it.", input="teh")
@@ -77,6 +93,9 @@ CALLS = {
     "Completion.create(engine)": complete_by_engine,
     "ChatCompletion.create": chat,
     "ChatCompletion.create(stream)": chat_streamed,
+    "Embedding.create": embed,
+    "Engine.embeddings": embed_by_engine,
+    "search": search,
     "Edit.create": edit,
 }
 
