@@ -59,6 +59,10 @@ def chat_streamed():
     return list(chunks)
 
 
+def moderate():
+    return openai.Moderation.create(["I will kill you.", "What a lovely day."])
+
+
 def edit():
     try:
         openai.Edit.create(model="any", instruction="Correct it.", input="teh")
@@ -77,6 +81,7 @@ CALLS = {
     "Completion.create(engine)": complete_by_engine,
     "ChatCompletion.create": chat,
     "ChatCompletion.create(stream)": chat_streamed,
+    "Moderation.create": moderate,
     "Edit.create": edit,
 }
 

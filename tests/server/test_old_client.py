@@ -81,6 +81,13 @@ def test_chats(results: Results) -> None:
     assert "".join(delta.get("content", "") for delta in deltas)
 
 
+def test_moderations(results: Results) -> None:
+    threat, harmless = results["Moderation.create"]["results"]
+    assert threat["flagged"] is True
+    assert threat["categories"]["harassment/threatening"] is True
+    assert harmless["flagged"] is False
+
+
 def test_edits_are_gone(results: Results) -> None:
     edit = results["Edit.create"]
     assert edit["status"] == 410
