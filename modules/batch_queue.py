@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 Input = TypeVar("Input")
 
-# How much of a request is cut into tokens at once: others are let in between.
+# How much is cut into tokens between two batches: enough to choose from, and soon done.
 PREPARED_INPUTS = 64
 PREPARED_CHARS = 2**16
 
@@ -111,12 +111,18 @@ class _Lane:
     """Requests with items, the next one first."""
     items: list[Item] = field(default_factory=list)
     """Sorted."""
-    has_prepared: bool = False
-    """The last work was a preparation: computing is next, if there is anything to compute."""
+    num_inputs: int = 0
+    """Handed out to be prepared since the last batch."""
+    num_chars: int = 0
+    """Of these."""
 
     @property
     def has_work(self) -> bool:
         return bool(self.unprepared or self.items)
+
+    @property
+    def can_prepare(self) -> bool:
+        return self.num_inputs < PREPARED_INPUTS and self.num_chars < PREPARED_CHARS
 
 
 class BatchQueue:
@@ -154,10 +160,11 @@ class BatchQueue:
     def take(self, limits: BatchLimits) -> Preparation | Batch | None:
         """The next work, of the background only if there is no other."""
         lane = self._foreground if self._foreground.has_work else self._background
-        if not lane.has_work:
-            return None
-        lane.has_prepared = bool(lane.unprepared and not (lane.items and lane.has_prepared))
-        return _take_preparation(lane) if lane.has_prepared else _take_batch(lane, limits)
+        if lane.items and not (lane.unprepared and lane.can_prepare):
+            return _take_batch(lane, limits)
+        if lane.unprepared:
+            return _take_preparation(lane)
+        return None
 
     def put(self, preparation: Preparation, prepared: Sequence[Prepared]) -> None:
         """What has been prepared waits to be computed."""
@@ -188,19 +195,21 @@ class BatchQueue:
 
 
 def _take_preparation(lane: _Lane) -> Preparation:
+    if not lane.can_prepare:  # and nothing to compute before
+        lane.num_inputs = lane.num_chars = 0
     request = lane.unprepared.popleft()
-    start = end = request.num_taken
-    num_chars = 0
-    while end < min(len(request.inputs), start + PREPARED_INPUTS) and num_chars < PREPARED_CHARS:
-        num_chars += _count_chars(request.inputs[end])
-        end += 1
-    request.num_taken = end
-    if end < len(request.inputs):
+    start = request.num_taken
+    while request.num_taken < len(request.inputs) and lane.can_prepare:
+        lane.num_inputs += 1
+        lane.num_chars += _count_chars(request.inputs[request.num_taken])
+        request.num_taken += 1
+    if request.num_taken < len(request.inputs):
         lane.unprepared.append(request)
-    return Preparation(request, start, request.inputs[start:end])
+    return Preparation(request, start, request.inputs[start : request.num_taken])
 
 
 def _take_batch(lane: _Lane, limits: BatchLimits) -> Batch:
+    lane.num_inputs = lane.num_chars = 0
     lane.turns.rotate(-1)
     anchor = next(iter(lane.turns[-1].waiting.values()))
     start, end = choose_batch(lane.items, bisect_left(lane.items, anchor), limits)

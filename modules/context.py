@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from modules.embeddings import Embedder
 from modules.moderation import Moderator
+from modules.reranking import Reranker
 from modules.settings import Settings
 
 if TYPE_CHECKING:  # names only: the web framework is not for this layer, and torch loads slowly
@@ -23,12 +24,14 @@ class Context:
     app: FastAPI
     extensions: Extensions
     embeddings: Embedder
+    reranker: Reranker
     moderation: Moderator
 
     def close(self) -> None:
         """Let everything go; what is still at work fails with a typed error."""
         self.moderation.close()
         self.embeddings.close()
+        self.reranker.close()
         self.models.unload()
 
 
@@ -36,6 +39,13 @@ def build_context(
     settings: Settings, models: ModelManager, app: FastAPI, extensions: Extensions
 ) -> Context:
     """With all capabilities, none of which has loaded anything yet."""
-    embeddings = Embedder(settings)
-    moderation = Moderator(settings, embeddings)
-    return Context(settings, models, app, extensions, embeddings, moderation)
+    embedder = Embedder(settings)
+    return Context(
+        settings,
+        models,
+        app,
+        extensions,
+        embedder,
+        Reranker(settings, embedder),
+        Moderator(settings, embedder),
+    )

@@ -10,16 +10,20 @@ from starlette.types import Scope
 from extensions.openai import (
     chat_completions,
     completions,
+    embeddings,
     internal,
     legacy,
     logits,
     models,
     moderations,
+    rerank,
+    search,
     tokens,
 )
 from extensions.openai.auth import build_router
 from extensions.openai.chat_prompts import check_settings
 from extensions.openai.docs import add_docs
+from extensions.openai.embeddings import TRUNCATED_INPUTS
 from extensions.openai.errors import add_error_handlers
 from extensions.openai.middleware import (
     REQUEST_ID,
@@ -34,22 +38,25 @@ from modules.context import Context
 from modules.settings import Settings
 
 MIB = 2**20
+ENDPOINTS = (
+    chat_completions,
+    completions,
+    models,
+    internal,
+    logits,
+    tokens,
+    embeddings,
+    rerank,
+    search,
+    moderations,
+    legacy,
+)
 
 
 def setup(context: Context) -> None:
     check_settings(context.settings)
     router = build_router(context.settings.api_key)
-    families = (
-        chat_completions,
-        completions,
-        models,
-        moderations,
-        internal,
-        logits,
-        tokens,
-        legacy,
-    )
-    for endpoints in families:
+    for endpoints in ENDPOINTS:
         endpoints.add_routes(router, context)
     context.app.include_router(router)
     options_route = OptionsRoute("/{path:path}", _answer_options, methods=["OPTIONS"])
@@ -77,7 +84,7 @@ def _add_middleware(app: FastAPI, settings: Settings) -> None:
         allow_credentials=True,
         # Pages on the web may call a server in the local network, where the origins allow it.
         allow_private_network=True,
-        expose_headers=[REQUEST_ID, DROPPED_MESSAGES],
+        expose_headers=[REQUEST_ID, DROPPED_MESSAGES, TRUNCATED_INPUTS],
     )
     app.add_middleware(RequestIdMiddleware)
 

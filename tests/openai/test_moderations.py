@@ -17,7 +17,8 @@ import pytest
 from fastapi import FastAPI
 from openai.types import ModerationCreateResponse
 
-from extensions.openai.moderations import MAX_CHARS, MAX_TEXTS
+from extensions.openai.moderations import MAX_CHARS
+from extensions.openai.typing import MAX_INPUTS
 from modules.context import build_context
 from modules.extensions import load_extensions
 from modules.moderation import Moderation
@@ -148,7 +149,7 @@ async def test_what_may_be_given(
         ([{"type": "text", "text": 5}], "input[0].text"),
         ([{"type": "text"}], "input[0]"),
         ([[1, 2]], "input[0]"),
-        (["a"] * (MAX_TEXTS + 1), "input"),
+        (["a"] * (MAX_INPUTS + 1), "input"),
         ("a" * (MAX_CHARS + 1), "input"),
     ],
 )
