@@ -75,6 +75,10 @@ def search():
     return engine.request("post", f"{engine.instance_url()}/search", params)
 
 
+def moderate():
+    return openai.Moderation.create(["I will kill you.", "What a lovely day."])
+
+
 def edit():
     try:
         openai.Edit.create(model="any", instruction="Correct it.", input="teh")
@@ -96,6 +100,7 @@ CALLS = {
     "Embedding.create": embed,
     "Engine.embeddings": embed_by_engine,
     "search": search,
+    "Moderation.create": moderate,
     "Edit.create": edit,
 }
 

@@ -96,6 +96,13 @@ def test_searches(results: Results) -> None:
     assert [item["score"] for item in ranked] == sorted([i["score"] for i in ranked], reverse=True)
 
 
+def test_moderations(results: Results) -> None:
+    threat, harmless = results["Moderation.create"]["results"]
+    assert threat["flagged"] is True
+    assert threat["categories"]["harassment/threatening"] is True
+    assert harmless["flagged"] is False
+
+
 def test_edits_are_gone(results: Results) -> None:
     edit = results["Edit.create"]
     assert edit["status"] == 410
