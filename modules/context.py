@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from modules.settings import Settings
+from modules.storage import Storage
 
 if TYPE_CHECKING:  # names only: the web framework is not for this layer, and torch loads slowly
     from fastapi import FastAPI
@@ -20,14 +22,19 @@ class Context:
     models: ModelManager
     app: FastAPI
     extensions: Extensions
+    storage: Storage
+    services: list[Callable[[], Awaitable[None]]] = field(default_factory=list)
+    """Coroutine functions that run beside the requests, until they are cancelled: from when the
+    server can be reached until it shuts down. An extension's `setup` may add some."""
 
     def close(self) -> None:
         """Let everything go; what is still at work fails with a typed error."""
         self.models.unload()
+        self.storage.close()
 
 
 def build_context(
     settings: Settings, models: ModelManager, app: FastAPI, extensions: Extensions
 ) -> Context:
     """With all capabilities, none of which has loaded anything yet."""
-    return Context(settings, models, app, extensions)
+    return Context(settings, models, app, extensions, Storage(settings))

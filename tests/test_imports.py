@@ -44,6 +44,7 @@ ASYNCIO = (
     "modules/extended_generation.py",
     "modules/written_replies.py",
     "modules/worker.py",
+    "modules/storage.py",
     "extensions/",
     "server.py",
 )

@@ -7,7 +7,17 @@ from sse_starlette.sse import AppStatus
 from starlette.routing import Match, Route
 from starlette.types import Scope
 
-from extensions.openai import chat_completions, completions, internal, logits, models, tokens
+from extensions.openai import (
+    batches,
+    chat_completions,
+    completions,
+    files,
+    fine_tuning,
+    internal,
+    logits,
+    models,
+    tokens,
+)
 from extensions.openai.auth import build_router
 from extensions.openai.chat_prompts import check_settings
 from extensions.openai.docs import add_docs
@@ -31,6 +41,8 @@ def setup(context: Context) -> None:
     check_settings(context.settings)
     router = build_router(context.settings.api_key)
     for endpoints in (chat_completions, completions, models, internal, logits, tokens):
+        endpoints.add_routes(router, context)
+    for endpoints in (files, batches, fine_tuning):
         endpoints.add_routes(router, context)
     context.app.include_router(router)
     options_route = OptionsRoute("/{path:path}", _answer_options, methods=["OPTIONS"])
