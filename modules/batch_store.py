@@ -172,12 +172,6 @@ class BatchStore:
                 self._enter(batch_id, "in_progress")
         return self.get(batch_id)
 
-    def fail(self, batch_id: str, faults: Iterable[BatchFault]) -> None:
-        """Its input is not in order."""
-        with self._db:
-            self._set_faults(batch_id, faults)
-            self._enter(batch_id, "failed")
-
     def cancel(self, batch_id: str) -> Batch:
         """Ask for its end. Raises InvalidRequestError if it has come to one."""
         batch = self.get(batch_id)
@@ -226,8 +220,12 @@ class BatchStore:
     def finish(
         self, batch_id: str, status: FinalStatus, faults: Iterable[BatchFault] = ()
     ) -> Batch:
-        """Make files of the results, and end it; all at once, or not at all."""
+        """Make files of the results, and end it; all at once, or not at all. One that is to be
+        cancelled is, even if nothing was left to be done.
+        """
         batch = self.get(batch_id)
+        if batch.status == "cancelling":
+            status = "cancelled"
         if status == "completed" and batch.status == "in_progress":
             with self._db:
                 self._enter(batch_id, "finalizing")

@@ -81,13 +81,12 @@ class FileStore:
         """A content without a row: `insert` makes a file of it."""
         name = make_id("file-")
         partial = self._folder / f"{name}.part"
-        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with open(descriptor, "wb") as file:
-            file.writelines(chunks)
-            num_bytes = file.tell()
-            file.flush()
-            os.fsync(descriptor)
-        partial.rename(self._folder / name)
+        try:
+            num_bytes = _write_whole(partial, chunks)
+            partial.rename(self._folder / name)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
         _sync_folder(self._folder)
         return Content(name, num_bytes)
 
@@ -192,6 +191,17 @@ class FileStore:
 def forget(database: sqlite3.Connection) -> None:
     """Leave nothing of deleted rows in the log: in the database, they are written over."""
     database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+
+def _write_whole(path: Path, chunks: Iterable[bytes]) -> int:
+    """Until it is on the disk; the number of bytes."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with open(descriptor, "wb") as file:
+        file.writelines(chunks)
+        num_bytes = file.tell()
+        file.flush()
+        os.fsync(descriptor)
+    return num_bytes
 
 
 def _sync_folder(folder: Path) -> None:

@@ -51,7 +51,7 @@ class Storage:
     def __init__(self, settings: Settings, now: Callable[[], float] = time.time) -> None:
         self._folder = settings.user_data_dir
         self._quota = int(settings.storage_quota * GIB)
-        self._now = now
+        self.now = now
         self._user_data: UserData | None = None
         self._worker = Worker("storage", self._open)
 
@@ -62,10 +62,10 @@ class Storage:
 
     async def read(self, work: Callable[[UserData], Result]) -> Result:
         """The same; but a folder in which nothing was ever written stays as it is, and is empty."""
-        if await asyncio.to_thread((self._folder / DATABASE).exists):
-            return await self.write(work)
-        _check_place(self._folder)
-        return await asyncio.to_thread(self._read_nothing, work)
+        with _explain_faults(self._folder):
+            if await asyncio.to_thread((self._folder / DATABASE).exists):
+                return await self._worker.run(work)
+            return await asyncio.to_thread(self._read_nothing, work)
 
     def close(self) -> None:
         """Let others have the folder. Waits for what is being written."""
@@ -76,14 +76,15 @@ class Storage:
 
     def _open(self) -> UserData:
         with _explain_faults(self._folder):
-            self._user_data = open_user_data(self._folder, self._quota, self._now)
+            self._user_data = open_user_data(self._folder, self._quota, self.now)
         return self._user_data
 
     def _read_nothing(self, work: Callable[[UserData], Result]) -> Result:
+        _check_place(self._folder)
         database = sqlite3.connect(":memory:")
         try:
             database.executescript(SCHEMA)
-            return work(_build(database, self._folder, self._quota, self._now))
+            return work(_build(database, self._folder, self._quota, self.now))
         finally:
             database.close()
 

@@ -6,7 +6,6 @@ is done, and how often, is modules.batch_store's business: here a line is run th
 
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -42,6 +41,7 @@ from modules.errors import (
     GenerationAbortedError,
     InvalidRequestError,
     NoModelLoadedError,
+    ObjectNotFoundError,
     StorageFullError,
 )
 from modules.storage import UserData
@@ -97,9 +97,8 @@ LEFT_OUT: Mapping[FinalStatus, tuple[str, str]] = {
 class BatchRunner:
     """All of it happens on the event loop."""
 
-    def __init__(self, context: Context, now: Callable[[], float] = time.time) -> None:
+    def __init__(self, context: Context) -> None:
         self._context = context
-        self._now = now
         self._wake = asyncio.Event()
         self._turn = asyncio.Lock()
         self._batches: dict[str, asyncio.Task[None]] = {}
@@ -153,29 +152,35 @@ class BatchRunner:
             del self._batches[batch.id]
 
     async def _process(self, batch: Batch) -> None:
-        content = await self._do(lambda data: data.files.read(batch.input_file_id))
-        lines = await asyncio.to_thread(split_lines, content)
-        del content
-        if batch.status == "validating":
-            faults = await asyncio.to_thread(find_faults, lines, batch.endpoint)
-            if faults:
-                await self._do(lambda data: data.batches.fail(batch.id, faults))
-                return
-            batch = await self._do(lambda data: data.batches.begin(batch.id, len(lines)))
-        status, faults = await self._run_to_an_end(batch, lines)
-        if status != "completed":
-            await self._leave_out(batch, lines, status)
+        try:
+            status, faults = await self._run_to_an_end(batch)
+        except ObjectNotFoundError as error:  # somebody has taken it out of the folder
+            status, faults = "failed", [BatchFault("file_not_found", str(error))]
         await self._do(lambda data: data.batches.finish(batch.id, status, faults))
 
-    async def _run_to_an_end(
-        self, batch: Batch, lines: Sequence[RawLine]
-    ) -> tuple[FinalStatus, list[BatchFault]]:
+    async def _run_to_an_end(self, batch: Batch) -> tuple[FinalStatus, list[BatchFault]]:
+        if not batch.num_total:  # it has not been looked at yet
+            lines = await self._read_lines(batch)
+            faults = await asyncio.to_thread(find_faults, lines, batch.endpoint)
+            if faults:
+                return "failed", faults
+            batch = await self._do(lambda data: data.batches.begin(batch.id, len(lines)))
+            del lines
+        status, faults = await self._run_until_due(batch)
+        if status != "completed":
+            await self._leave_out(batch, status)
+        return status, faults
+
+    async def _run_until_due(self, batch: Batch) -> tuple[FinalStatus, list[BatchFault]]:
+        if batch.status == "finalizing":
+            return "completed", []
         if batch.status == "cancelling":
             return "cancelled", []
-        work = asyncio.create_task(self._run_in_turn(batch, lines))
+        work = asyncio.create_task(self._run_in_turn(batch))
         self._lines[batch.id] = work
         try:
-            done, _ = await asyncio.wait({work}, timeout=max(0, batch.expires_at - self._now()))
+            seconds = batch.expires_at - self._context.storage.now()
+            done, _ = await asyncio.wait({work}, timeout=max(0, seconds))
         finally:
             del self._lines[batch.id]
             work.cancel()
@@ -190,9 +195,9 @@ class BatchRunner:
             return "failed", [BatchFault("storage_quota_exceeded", str(error))]
         return "completed", []
 
-    async def _run_in_turn(self, batch: Batch, lines: Sequence[RawLine]) -> None:
+    async def _run_in_turn(self, batch: Batch) -> None:
         async with self._turn:
-            await self._run_lines(batch, lines)
+            await self._run_lines(batch, await self._read_lines(batch))
 
     async def _run_lines(self, batch: Batch, lines: Sequence[RawLine]) -> None:
         """Those without a result, a number of them at a time. Raises StorageFullError."""
@@ -207,6 +212,10 @@ class BatchRunner:
                         task.add_done_callback(lambda _: room.release())
         except ExceptionGroup as faults:
             raise faults.exceptions[0] from None
+
+    async def _read_lines(self, batch: Batch) -> list[RawLine]:
+        content = await self._do(lambda data: data.files.read(batch.input_file_id))
+        return await asyncio.to_thread(split_lines, content)
 
     async def _run_line(self, batch: Batch, line: RawLine) -> None:
         result = await self._answer(ENDPOINTS[batch.endpoint], line)
@@ -239,10 +248,11 @@ class BatchRunner:
         except Exception as error:  # as in InternalErrorMiddleware
             return to_internal_error(error, self._context.settings.debug)
 
-    async def _leave_out(self, batch: Batch, lines: Sequence[RawLine], status: FinalStatus) -> None:
+    async def _leave_out(self, batch: Batch, status: FinalStatus) -> None:
+        """Say so of each line that has no result."""
         done = await self._do(lambda data: data.batches.find_done(batch.id))
+        left = [line for line in await self._read_lines(batch) if line.number not in done]
         build = partial(build_left_out, code=LEFT_OUT[status][0], message=LEFT_OUT[status][1])
-        left = [line for line in lines if line.number not in done]
         results = await asyncio.to_thread(lambda: [build(line) for line in left])
         await self._do(lambda data: data.batches.add_results(batch.id, results))
 
