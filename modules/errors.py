@@ -5,6 +5,7 @@ ServerError
 ├── ExtensionError                   an extension cannot be found, imported or set up
 │   └── HookError                    one of its hooks has failed, in a request
 ├── TunnelError                      the public URL cannot be had
+├── DownloadError                    a model cannot be downloaded from the hub
 ├── ModelError
 │   ├── ModelNotFoundError           no folder, file, package or hub entry has that name
 │   ├── ModelLoadError               it is there, and cannot be loaded
@@ -50,6 +51,10 @@ class HookError(ExtensionError):
 
 
 class TunnelError(ServerError):
+    pass
+
+
+class DownloadError(ServerError):
     pass
 
 

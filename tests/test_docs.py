@@ -123,7 +123,7 @@ def routes() -> set[str]:
     extensions = load_extensions(settings)
     extensions.set_up(build_context(settings, ModelManager(settings), app, extensions))
     return {
-        f"{method.upper()} {path.replace('{model_id}', '{id}')}"
+        f"{method.upper()} {re.sub(r'{[a-z_]+}', '{id}', path)}"
         for path, methods in app.openapi()["paths"].items()
         for method in methods
     }

@@ -12,6 +12,7 @@ from modules.settings import PROJECT_ROOT
 # The first pattern that fits a module decides its layer.
 LAYERS = (
     ("server", 5),
+    ("download-model", 5),
     ("extensions.openai.typing", 0),
     ("extensions.", 4),
     ("modules.errors", 0),

@@ -74,6 +74,7 @@ HTTP_CODES: dict[int, str] = {
     401: "invalid_api_key",
     404: "unknown_url",
     405: "method_not_supported",
+    410: "endpoint_removed",
     413: "request_too_large",
 }
 
@@ -88,6 +89,11 @@ VALIDATION_MESSAGES: dict[str, str] = {
     "int_type": "Input should be an integer",
     "int_from_float": "Input should be an integer",
     "float_type": "Input should be a number",
+    # Of fields of forms, which all are text:
+    "bool_parsing": "Input should be true or false",
+    "int_parsing": "Input should be an integer",
+    "float_parsing": "Input should be a number",
+    "value_error": "Input should be a file",  # UploadFile's; our own checks have types of their own
 }
 
 

@@ -2,7 +2,7 @@
 
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -178,6 +178,15 @@ def build_page(items: list[Json], has_more: bool) -> Json:
         "last_id": items[-1]["id"] if items else None,
         "has_more": has_more,
     }
+
+
+def build_engine(engine_id: str, is_ready: bool) -> Json:
+    return {"id": engine_id, "object": "engine", "owner": "user", "ready": is_ready}
+
+
+def build_engine_list(is_ready: Mapping[str, bool]) -> Json:
+    """Of each engine whether it is loaded → their list."""
+    return {"object": "list", "data": [build_engine(*entry) for entry in is_ready.items()]}
 
 
 def _build_object(envelope: Envelope, object_name: str, choices: list[Json]) -> Json:

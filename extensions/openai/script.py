@@ -14,6 +14,7 @@ from extensions.openai import (
     files,
     fine_tuning,
     internal,
+    legacy,
     logits,
     models,
     tokens,
@@ -40,7 +41,7 @@ MIB = 2**20
 def setup(context: Context) -> None:
     check_settings(context.settings)
     router = build_router(context.settings.api_key)
-    for endpoints in (chat_completions, completions, models, internal, logits, tokens):
+    for endpoints in (chat_completions, completions, models, internal, logits, tokens, legacy):
         endpoints.add_routes(router, context)
     for endpoints in (files, batches, fine_tuning):
         endpoints.add_routes(router, context)

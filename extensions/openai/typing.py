@@ -634,6 +634,23 @@ class CompletionRequest(GenerationOptions):
         return self
 
 
+class GenerateRequest(CompletionRequest):
+    """The same in the words of the first engines, where `context` is the prompt and `length` is
+    `max_tokens`.
+    """
+
+    model_config = _example({"context": "This is a cake recipe:\n\n1.", "length": 100})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rename(cls, data: Any) -> Any:
+        """Those that are given by their present names win."""
+        if not isinstance(data, dict):
+            return data
+        names = {"context": "prompt", "length": "max_tokens"}
+        return {names[name]: data[name] for name in names if name in data} | data
+
+
 # A longer one names no file, and nobody.
 Name = Annotated[str, Field(max_length=256)]
 # Longer ones fit into no model's context.
@@ -1203,3 +1220,22 @@ class BatchList(BaseModel):
     first_id: str | None
     last_id: str | None = Field(description="For `after`, to see the next ones.")
     has_more: bool
+
+
+# Older programs
+
+
+class Engine(BaseModel):
+    id: str
+    object: Literal["engine"]
+    owner: str
+    ready: bool = Field(description="Whether it is loaded.")
+
+
+class EngineList(BaseModel):
+    object: Literal["list"]
+    data: list[Engine]
+
+
+class BillingUsage(BaseModel):
+    total_usage: int = Field(description="It costs nothing.")

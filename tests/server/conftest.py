@@ -76,9 +76,10 @@ class Server:
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[Server]:
-    """The settings that a user has, but for the context length."""
-    server = Server("--api", "--max-model-len", str(MAX_MODEL_LEN)).wait_until_ready()
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The settings that a user has, but for the context length and the place of files."""
+    flags = ("--max-model-len", str(MAX_MODEL_LEN), "--user-data-dir")
+    server = Server("--api", *flags, str(tmp_path_factory.mktemp("user_data"))).wait_until_ready()
     yield server
     server.stop()
 

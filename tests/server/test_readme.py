@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from modules.characters import to_character
+from modules.model_download import parse_model
 from modules.settings import PROJECT_ROOT, load_settings
 
 from .conftest import Server
@@ -40,18 +41,24 @@ def test_every_block_has_a_test_below() -> None:
     assert len(known) == len(BLOCKS)
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where all of them run, in the README's order: some read what another has written."""
+    return tmp_path_factory.mktemp("readme")
+
+
 @pytest.mark.parametrize("block", blocks("bash", "curl"))
-def test_curl(server: Server, block: str) -> None:
+def test_curl(server: Server, folder: Path, block: str) -> None:
     command = block.replace(DOCUMENTED_URL, server.url)
     result = subprocess.run(
-        ["bash", "-c", command], capture_output=True, text=True, timeout=300, check=True
+        ["bash", "-c", command], cwd=folder, capture_output=True, text=True, timeout=300, check=True
     )
     if '"stream": true' in block:
         *events, done = re.findall(r"^data: (.*)$", result.stdout, re.MULTILINE)
         assert done == "[DONE]"
         deltas = [json.loads(event)["choices"][0]["delta"] for event in events]
         assert "".join(delta.get("content", "") for delta in deltas).strip()
-    elif "/completions" not in block:
+    elif not re.match(r"curl \S+/completions", block):
         answer = json.loads(result.stdout)
         assert answer and "error" not in answer
     else:
@@ -91,6 +98,9 @@ def test_commands_are_understood(block: str, tmp_path: Path) -> None:
         if "server.py" in words or words[:2] == ["python3", "start.py"]:
             assert (PROJECT_ROOT / words[1]).is_file()
             verb = words[2:3] in (["test"], ["install"])
+            if words[2:3] == ["download"]:
+                assert parse_model(words[3])
+                continue
             load_settings(words[3 if verb else 2 :], {}, tmp_path)
 
 
