@@ -6,6 +6,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from modules.embeddings import Embedder
+from modules.reranking import Reranker
 from modules.settings import Settings
 from modules.storage import Storage
 
@@ -22,6 +24,8 @@ class Context:
     models: ModelManager
     app: FastAPI
     extensions: Extensions
+    embeddings: Embedder
+    reranker: Reranker
     storage: Storage
     services: list[Callable[[], Awaitable[None]]] = field(default_factory=list)
     """Coroutine functions that run beside the requests, until they are cancelled: from when the
@@ -29,6 +33,8 @@ class Context:
 
     def close(self) -> None:
         """Let everything go; what is still at work fails with a typed error."""
+        self.embeddings.close()
+        self.reranker.close()
         self.models.unload()
         self.storage.close()
 
@@ -37,4 +43,6 @@ def build_context(
     settings: Settings, models: ModelManager, app: FastAPI, extensions: Extensions
 ) -> Context:
     """With all capabilities, none of which has loaded anything yet."""
-    return Context(settings, models, app, extensions, Storage(settings))
+    embedder = Embedder(settings)
+    reranker = Reranker(settings, embedder)
+    return Context(settings, models, app, extensions, embedder, reranker, Storage(settings))

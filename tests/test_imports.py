@@ -38,7 +38,11 @@ LIBRARIES = {
     "torch": {2, 3},
     "transformers": {2, 3},
 }
-TORCH_FREE = ("modules/engine/scheduler.py", "modules/engine/cache_manager.py")
+TORCH_FREE = (
+    "modules/engine/scheduler.py",
+    "modules/engine/cache_manager.py",
+    "modules/batch_queue.py",
+)
 ASYNCIO = (
     "modules/engine/async_engine.py",
     "modules/text_generation.py",
@@ -46,6 +50,7 @@ ASYNCIO = (
     "modules/written_replies.py",
     "modules/worker.py",
     "modules/storage.py",
+    "modules/batch_worker.py",
     "extensions/",
     "server.py",
 )

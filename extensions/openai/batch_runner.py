@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import from_json
 
 from extensions.openai.batch_lines import (
     RawLine,
@@ -24,6 +25,7 @@ from extensions.openai.batch_lines import (
 )
 from extensions.openai.chat_completions import answer_chat
 from extensions.openai.completions import answer_completion
+from extensions.openai.embeddings import answer_embeddings
 from extensions.openai.errors import (
     ERROR_KINDS,
     to_error,
@@ -32,7 +34,12 @@ from extensions.openai.errors import (
 )
 from extensions.openai.responses import Json
 from extensions.openai.streaming import Answer
-from extensions.openai.typing import ChatCompletionRequest, CompletionRequest, WireModel
+from extensions.openai.typing import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    WireModel,
+)
 from modules.batch_store import Batch, BatchFault, FinalStatus, LineResult
 from modules.context import Context
 from modules.errors import (
@@ -78,9 +85,15 @@ async def _fold(answer: Answer) -> Json:
     return await answer.fold(answer.chunks)
 
 
+async def _answer_embeddings(context: Context, body: EmbeddingRequest) -> Json:
+    answer = await answer_embeddings(context, body, is_background=True)
+    return dict(from_json(answer.content))
+
+
 ENDPOINTS: Mapping[str, Endpoint] = {
     "/v1/chat/completions": Endpoint(ChatCompletionRequest, _answer_chat),
     "/v1/completions": Endpoint(CompletionRequest, _answer_completion),
+    "/v1/embeddings": Endpoint(EmbeddingRequest, _answer_embeddings),
 }
 
 # What becomes of the lines that have no result when a batch ends early.

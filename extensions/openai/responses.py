@@ -44,6 +44,12 @@ def build_usage(num_prompt_tokens: int, num_completion_tokens: int, num_cached_t
     }
 
 
+def build_embedding_usage(num_tokens: int, num_truncated: int) -> Json:
+    """Of texts that were only read; `truncated_inputs` is there if any was."""
+    usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
+    return {**usage, "truncated_inputs": num_truncated} if num_truncated else usage
+
+
 def build_usage_chunk(envelope: Envelope, object_name: str, usage: Json) -> Json:
     return {**_build_object(envelope, object_name, []), "usage": usage}
 

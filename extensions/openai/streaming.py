@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request, Response
 from sse_starlette import EventSourceResponse
@@ -25,6 +25,7 @@ from modules.settings import Settings
 logger = logging.getLogger(__name__)
 
 Chunks = AsyncGenerator[Json, None]
+Result = TypeVar("Result")
 
 PING_SECONDS = 15
 # A header with the number of messages that did not fit into the prompt.
@@ -49,6 +50,14 @@ class Answer:
 
     chunks: Chunks
     fold: Callable[[Chunks], Coroutine[Any, Any, Json]]
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class JsonAnswer:
+    """An answer that is no stream of chunks, written out."""
+
+    content: bytes
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -185,13 +194,25 @@ def _join_logprobs(parts: list[Json] | None) -> Json | None:
 
 
 async def _send_whole(answer: Answer, request: Request) -> Response:
-    body = await _run_while_connected(answer.fold(answer.chunks), request.receive)
+    body = await run_while_connected(answer.fold(answer.chunks), request.receive)
     if body is None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     return Response(_to_json(body).encode(), 200, answer.headers, "application/json")
 
 
-async def _run_while_connected(work: Coroutine[Any, Any, Json], receive: Receive) -> Json | None:
+async def send_json(
+    work: Coroutine[Any, Any, JsonAnswer], request: Request, settings: Settings
+) -> Response:
+    """What `work` makes, which is cancelled if the client leaves."""
+    answer = await run_while_connected(work, request.receive)
+    if answer is None:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    if settings.debug:
+        logger.warning("Reply: %s", answer.content.decode())
+    return Response(answer.content, 200, answer.headers, "application/json")
+
+
+async def run_while_connected(work: Coroutine[Any, Any, Result], receive: Receive) -> Result | None:
     """The result of `work`, or None after cancelling it because the client has left."""
     work_task = asyncio.create_task(work)
     watch_task = asyncio.create_task(_wait_for_disconnect(receive))

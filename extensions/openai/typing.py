@@ -6,7 +6,7 @@ knows which requests are valid, not what becomes of them.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, NoReturn, Required, Self
 
 from pydantic import (
@@ -44,6 +44,9 @@ MAX_NAMED_TOKENS = 2**18
 MAX_DRY_BREAKERS = 64
 MAX_DRY_BREAKER_CHARS = 100
 MAX_NUM_BEAMS = 64
+# Of texts to embed or to compare: as many as OpenAI takes, and some novels together.
+MAX_INPUTS = 2048
+MAX_INPUT_CHARS = 10_000_000
 
 # Known fields that change the meaning of an answer and are not implemented yet, each with the
 # values that ask for nothing. Any other is refused: better no answer than one to another question.
@@ -203,6 +206,46 @@ def _to_prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
     )
 
 
+def _to_inputs(value: Any) -> tuple[str | tuple[int, ...], ...]:
+    inputs = _to_prompts(value)
+    _check_inputs(inputs)
+    return inputs
+
+
+def _to_texts(value: Any) -> tuple[str, ...]:
+    """A text, or a list of texts."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not texts or not all(isinstance(i, str) for i in texts):
+        message = "Input should be a string or a list of strings, not empty"
+        raise PydanticCustomError("texts_type", message)
+    _check_inputs(texts)
+    return tuple(texts)
+
+
+def _to_documents(value: Any) -> tuple[str, ...]:
+    """A list of texts, or of objects that have them as `text`."""
+    if not isinstance(value, list):
+        raise PydanticCustomError("list_type", "Input should be a list")
+    texts = [item.get("text") if isinstance(item, dict) else item for item in value]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        message = "Input should be a list of strings, or of objects with a text, not empty"
+        raise PydanticCustomError("documents_type", message)
+    return _to_texts(texts)
+
+
+def _check_inputs(inputs: Sequence[str | tuple[int, ...]]) -> None:
+    if len(inputs) > MAX_INPUTS:
+        message = "There may be at most {most} of them"
+        raise PydanticCustomError("input_count", message, {"most": MAX_INPUTS})
+    empty = next((index for index, item in enumerate(inputs) if not item), None)
+    if empty is not None:
+        message = "There is nothing in number {index}, counted from 0"
+        raise PydanticCustomError("input_empty", message, {"index": empty})
+    if sum(map(len, inputs)) > MAX_INPUT_CHARS:
+        message = "There may be at most {most} characters, or tokens, in all"
+        raise PydanticCustomError("input_length", message, {"most": MAX_INPUT_CHARS})
+
+
 # Decimal, and written in one way only.
 _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 
@@ -284,6 +327,22 @@ Prompts = Annotated[
         _to_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]
     ),
 ]
+Inputs = Annotated[
+    tuple[str | tuple[int, ...], ...],
+    PlainValidator(
+        _to_inputs, json_schema_input_type=str | list[str] | list[int] | list[list[int]]
+    ),
+]
+Texts = Annotated[
+    tuple[str, ...], PlainValidator(_to_texts, json_schema_input_type=str | list[str])
+]
+Documents = Annotated[
+    tuple[str, ...],
+    PlainValidator(_to_documents, json_schema_input_type=list[str | dict[str, str]]),
+]
+# Of one text that others are compared with.
+Query = Annotated[str, Field(min_length=1, max_length=MAX_INPUT_CHARS)]
+NumResults = Annotated[int, Field(ge=1, le=MAX_INT), BeforeValidator(_to_int)]
 
 
 class WireModel(BaseModel):
@@ -1116,7 +1175,7 @@ class BatchRequest(WireModel):
         description="An uploaded file with the purpose `batch`: one request a line, as "
         '`{"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": {...}}`.'
     )
-    endpoint: Literal["/v1/chat/completions", "/v1/completions"] = Field(
+    endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings"] = Field(
         description="What all lines ask for; the `url` of each is the same."
     )
     completion_window: Literal["24h"] = Field(
@@ -1222,7 +1281,179 @@ class BatchList(BaseModel):
     has_more: bool
 
 
+# Embeddings
+
+
+EmbeddingModelName = Annotated[
+    str | None,
+    Field(
+        description="Any name: the embedding model of the settings answers. Of token ids it says "
+        "whose they are: OpenAI's, the loaded model's, or else the embedding model's own."
+    ),
+]
+
+
+class EmbeddingRequest(WireModel):
+    """Texts as vectors of length 1. Unknown fields are ignored, and null means the default."""
+
+    model_config = _example({"input": ["The cat sits outside.", "A kitten is in the garden."]})
+
+    input: Inputs = Field(
+        description=f"A text, several texts, or token ids: at most {MAX_INPUTS} of them."
+    )
+    model: EmbeddingModelName = None
+    encoding_format: Literal["float", "base64"] = Field(
+        default="float", description="base64: the bytes of little-endian 32-bit floats."
+    )
+    dimensions: NumResults | None = Field(
+        default=None,
+        description="Keep so many of the first dimensions, and make the length 1 again. Only "
+        "models that were trained for it stay good then.",
+    )
+    user: str | None = Field(default=None, description="Accepted and not used.")
+
+
+class EmbeddingUsage(BaseModel):
+    prompt_tokens: int = Field(description="That the model has read, special ones included.")
+    total_tokens: int
+    truncated_inputs: int = Field(
+        default=0,
+        description="How many texts were longer than what the model reads, and are cut off. Only "
+        "there if some were; the header X-Truncated-Inputs says it too.",
+    )
+
+
+class Embedding(BaseModel):
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingList(BaseModel):
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+
+
+class RerankRequest(WireModel):
+    """Order documents by how well they answer a query, as Cohere's, Jina's and vLLM's API do."""
+
+    model_config = _example(
+        {
+            "query": "How long do cats sleep?",
+            "documents": ["Cats sleep for most of the day.", "The cat is outside."],
+            "top_n": 1,
+        }
+    )
+
+    query: Query = Field(description="What is asked for.")
+    documents: Documents = Field(
+        description=f"Texts, or objects with a `text`: at most {MAX_INPUTS} of them."
+    )
+    model: str | None = Field(
+        default=None, description="Any name: the model of the settings answers."
+    )
+    top_n: NumResults | None = Field(
+        default=None, description="Return only so many, the best. null: all."
+    )
+    return_documents: bool = Field(default=True, description="Return the texts, too.")
+
+
+class RerankedDocument(BaseModel):
+    text: str
+
+
+class RerankResult(BaseModel):
+    index: int = Field(description="Of the document, in the request.")
+    relevance_score: float = Field(
+        description="Of a cross-encoder, what it was trained to say; else a cosine, from -1 to 1."
+    )
+    document: RerankedDocument | None = None
+
+
+class Reranking(BaseModel):
+    id: str
+    model: str
+    results: list[RerankResult]
+    usage: EmbeddingUsage
+
+
+class ScoreRequest(WireModel):
+    """How well pairs of texts go together, as vLLM tells it."""
+
+    model_config = _example(
+        {"text_1": "How long do cats sleep?", "text_2": ["Most of the day.", "It is outside."]}
+    )
+
+    text_1: Texts = Field(description="A text, or as many as there are in `text_2`.")
+    text_2: Texts = Field(description="A text, or several.")
+    model: str | None = Field(
+        default=None, description="Any name: the model of the settings answers."
+    )
+
+    @model_validator(mode="after")
+    def _check_pairs(self) -> Self:
+        if len(self.text_1) not in (1, len(self.text_2)):
+            message = (
+                f"There should be one text, or as many as in text_2, which has {len(self.text_2)}"
+            )
+            _refuse("text_1", message, None)
+        return self
+
+
+class Score(BaseModel):
+    index: int
+    object: Literal["score"]
+    score: float
+
+
+class ScoreList(BaseModel):
+    id: str
+    object: Literal["list"]
+    created: int = Field(description="Seconds since 1970.")
+    model: str
+    data: list[Score]
+    usage: EmbeddingUsage
+
+
 # Older programs
+
+
+class SearchRequest(WireModel):
+    """Order documents by how near they are to a query, as OpenAI's first API did."""
+
+    model_config = _example(
+        {"documents": ["White House", "hospital", "school"], "query": "the president"}
+    )
+
+    documents: Documents = Field(description=f"Texts, at most {MAX_INPUTS}.")
+    query: Query = Field(description="What is looked for.")
+    model: str | None = Field(default=None, description="Any name: the embedding model answers.")
+    max_rerank: NumResults = Field(default=200, description="Return at most so many, the best.")
+    return_metadata: bool = Field(
+        default=False, description="Accepted and not used: these documents have none."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_files(cls, data: Any) -> Any:
+        file = data.get("file") if isinstance(data, dict) else None
+        if file is not None:
+            _refuse("file", "Documents cannot be taken from a file; send them as documents", file)
+        return data
+
+
+class SearchResult(BaseModel):
+    object: Literal["search_result"]
+    document: int = Field(description="Its index in the request.")
+    score: float = Field(description="The cosine, from -1 to 1.")
+
+
+class SearchResultList(BaseModel):
+    object: Literal["list"]
+    data: list[SearchResult]
+    model: str
 
 
 class Engine(BaseModel):

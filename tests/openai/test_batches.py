@@ -210,6 +210,28 @@ async def test_the_output_is_in_the_order_of_the_input_and_errors_are_apart(
         assert_error_object(body, 400, param=param, code=code)
 
 
+async def test_embeddings(serve: Serve) -> None:
+    url = "/v1/embeddings"
+    texts = ["The cat sits outside.", "Shares fell on Monday."]
+    lines = [
+        {"custom_id": text, "method": "POST", "url": url, "body": {"input": text, "dimensions": 8}}
+        for text in texts
+    ]
+    lines.append({**lines[0], "custom_id": "empty", "body": {"input": ""}})
+    async with serve(embedding_model="all-MiniLM-L6-v2") as served:
+        batch = await served.finish(await served.start(lines, url))
+        output = await served.read(batch["output_file_id"])
+        (error,) = await served.read(batch["error_file_id"])
+        answer = await served.client.post(url, json=lines[0]["body"])
+        served.context.embeddings.close()
+    assert [item["custom_id"] for item in output] == texts
+    vectors = [item["response"]["body"]["data"][0]["embedding"] for item in output]
+    assert vectors[0] == pytest.approx(answer.json()["data"][0]["embedding"], abs=1e-4)
+    assert len(vectors[1]) == 8
+    assert batch["model"] == "all-MiniLM-L6-v2" and batch["usage"]["input_tokens"] == 14
+    assert_error_object(error["response"]["body"], 400, param="input")
+
+
 async def test_a_fault_of_the_server_is_one_of_that_line(
     served: Served, engine: FakeEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
