@@ -49,6 +49,7 @@ ASYNCIO = (
     "modules/extended_generation.py",
     "modules/written_replies.py",
     "modules/worker.py",
+    "modules/storage.py",
     "modules/batch_worker.py",
     "modules/moderation.py",
     "modules/images.py",

@@ -87,6 +87,24 @@ def edit():
     return None
 
 
+def keep_file():
+    file = openai.File.create(
+        file=b'{"text": "kept"}', purpose="fine-tune", user_provided_filename="kept.jsonl"
+    )
+    listed = openai.File.list()
+    content = openai.File.download(file.id).decode()
+    deleted = openai.File.delete(file.id)
+    return {"created": file, "listed": listed, "content": content, "deleted": deleted}
+
+
+def fine_tune():
+    try:
+        openai.FineTune.create(training_file="file-1")
+    except openai.error.OpenAIError as error:
+        return {"status": error.http_status, "message": str(error)}
+    return None
+
+
 CALLS = {
     "Model.list": list_models,
     "Model.retrieve": get_model,
@@ -102,6 +120,8 @@ CALLS = {
     "search": search,
     "Moderation.create": moderate,
     "Edit.create": edit,
+    "File": keep_file,
+    "FineTune.create": fine_tune,
 }
 
 

@@ -107,3 +107,18 @@ def test_edits_are_gone(results: Results) -> None:
     edit = results["Edit.create"]
     assert edit["status"] == 410
     assert "/v1/chat/completions" in edit["message"]
+
+
+def test_files(results: Results) -> None:
+    files = results["File"]
+    created = files["created"]
+    assert (created["filename"], created["purpose"]) == ("kept.jsonl", "fine-tune")
+    assert created["id"] in [file["id"] for file in files["listed"]["data"]]
+    assert files["content"] == '{"text": "kept"}'
+    assert files["deleted"] == {"id": created["id"], "object": "file", "deleted": True}
+
+
+def test_nothing_is_fine_tuned(results: Results) -> None:
+    answer = results["FineTune.create"]
+    assert answer["status"] == 400
+    assert "trains no models" in answer["message"]
