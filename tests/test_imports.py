@@ -17,6 +17,7 @@ LAYERS = (
     ("modules.errors", 0),
     ("modules.settings", 1),
     ("modules.data_files", 1),
+    ("modules.conversions", 1),
     ("modules.presets", 1),
     ("modules.instruction_templates", 1),
     ("modules.template_sandbox", 1),
@@ -30,7 +31,7 @@ LAYERS = (
 # Modules of one layer that work together.
 SAME_LAYER_IS_FINE = {1, 2, 3, 4}
 LIBRARIES = {
-    "fastapi": {4, 5},
+    "fastapi": {0, 4, 5},
     "sse_starlette": {4, 5},
     "uvicorn": {5},
     "pydantic": {0, 4},
@@ -44,6 +45,8 @@ ASYNCIO = (
     "modules/extended_generation.py",
     "modules/written_replies.py",
     "modules/worker.py",
+    "modules/speech.py",
+    "modules/transcription.py",
     "extensions/",
     "server.py",
 )

@@ -7,7 +7,16 @@ from sse_starlette.sse import AppStatus
 from starlette.routing import Match, Route
 from starlette.types import Scope
 
-from extensions.openai import chat_completions, completions, internal, logits, models, tokens
+from extensions.openai import (
+    chat_completions,
+    completions,
+    internal,
+    logits,
+    models,
+    speech,
+    tokens,
+    transcriptions,
+)
 from extensions.openai.auth import build_router
 from extensions.openai.chat_prompts import check_settings
 from extensions.openai.docs import add_docs
@@ -30,7 +39,16 @@ MIB = 2**20
 def setup(context: Context) -> None:
     check_settings(context.settings)
     router = build_router(context.settings.api_key)
-    for endpoints in (chat_completions, completions, models, internal, logits, tokens):
+    for endpoints in (
+        chat_completions,
+        completions,
+        models,
+        internal,
+        logits,
+        tokens,
+        speech,
+        transcriptions,
+    ):
         endpoints.add_routes(router, context)
     context.app.include_router(router)
     options_route = OptionsRoute("/{path:path}", _answer_options, methods=["OPTIONS"])

@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request, Response
 from sse_starlette import EventSourceResponse
@@ -25,6 +25,7 @@ from modules.settings import Settings
 logger = logging.getLogger(__name__)
 
 Chunks = AsyncGenerator[Json, None]
+Result = TypeVar("Result")
 
 PING_SECONDS = 15
 # A header with the number of messages that did not fit into the prompt.
@@ -56,13 +57,22 @@ async def send(
     answer: Answer, request: Request, options: GenerationOptions, settings: Settings
 ) -> Response:
     if settings.debug:
-        answer = replace(answer, chunks=_log_in_full(answer.chunks))
+        answer = replace(answer, chunks=log_in_full(answer.chunks))
     if not options.stream:
         return await _send_whole(answer, request)
     dialect = choose_dialect(settings.stream_format, request.headers.get("user-agent", ""))
-    include_usage = options.stream_options.include_usage
-    frames = to_frames(answer.chunks, dialect, include_usage, settings.debug)
-    return EventSourceResponse(frames, headers=answer.headers, sep="\n", ping=PING_SECONDS)
+    if dialect is Dialect.CLASSIC:
+        return send_events(to_classic(answer.chunks), b"", settings, answer.headers)
+    events = to_openai(answer.chunks, options.stream_options.include_usage)
+    return send_events(events, DONE, settings, answer.headers)
+
+
+def send_events(
+    events: Chunks, end: bytes, settings: Settings, headers: Mapping[str, str] | None = None
+) -> Response:
+    """As server-sent events, and `end` after them unless an error has ended them."""
+    frames = to_frames(events, end, settings.debug)
+    return EventSourceResponse(frames, headers=headers, sep="\n", ping=PING_SECONDS)
 
 
 def choose_dialect(stream_format: str, user_agent: str) -> Dialect:
@@ -72,7 +82,7 @@ def choose_dialect(stream_format: str, user_agent: str) -> Dialect:
     return Dialect.CLASSIC if user_agent.startswith("python-requests/") else Dialect.OPENAI
 
 
-async def _log_in_full(chunks: Chunks) -> Chunks:
+async def log_in_full(chunks: Chunks) -> Chunks:
     """What OPENEDAI_DEBUG asks for; middleware.BodyLogMiddleware logs the requests."""
     async with aclosing(chunks):
         async for chunk in chunks:
@@ -83,11 +93,7 @@ async def _log_in_full(chunks: Chunks) -> Chunks:
 # Streams
 
 
-async def to_frames(
-    chunks: Chunks, dialect: Dialect, include_usage: bool, debug: bool
-) -> AsyncGenerator[bytes, None]:
-    classic = dialect is Dialect.CLASSIC
-    events = to_classic(chunks) if classic else to_openai(chunks, include_usage)
+async def to_frames(events: Chunks, end: bytes, debug: bool) -> AsyncGenerator[bytes, None]:
     try:
         async with aclosing(events):
             async for event in events:
@@ -97,8 +103,8 @@ async def to_frames(
     except Exception as error:  # as in InternalErrorMiddleware, after the first byte was sent
         yield to_frame(to_internal_error(error, debug)[1])
     else:
-        if not classic:
-            yield DONE
+        if end:
+            yield end
 
 
 def to_frame(event: Json) -> bytes:
@@ -185,13 +191,13 @@ def _join_logprobs(parts: list[Json] | None) -> Json | None:
 
 
 async def _send_whole(answer: Answer, request: Request) -> Response:
-    body = await _run_while_connected(answer.fold(answer.chunks), request.receive)
+    body = await run_while_connected(answer.fold(answer.chunks), request.receive)
     if body is None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     return Response(_to_json(body).encode(), 200, answer.headers, "application/json")
 
 
-async def _run_while_connected(work: Coroutine[Any, Any, Json], receive: Receive) -> Json | None:
+async def run_while_connected(work: Coroutine[Any, Any, Result], receive: Receive) -> Result | None:
     """The result of `work`, or None after cancelling it because the client has left."""
     work_task = asyncio.create_task(work)
     watch_task = asyncio.create_task(_wait_for_disconnect(receive))

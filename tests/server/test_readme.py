@@ -40,13 +40,24 @@ def test_every_block_has_a_test_below() -> None:
     assert len(known) == len(BLOCKS)
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where all of them run, in the README's order: some read what another has written."""
+    return tmp_path_factory.mktemp("readme")
+
+
 @pytest.mark.parametrize("block", blocks("bash", "curl"))
-def test_curl(server: Server, block: str) -> None:
+def test_curl(server: Server, folder: Path, block: str) -> None:
     command = block.replace(DOCUMENTED_URL, server.url)
     result = subprocess.run(
-        ["bash", "-c", command], capture_output=True, text=True, timeout=300, check=True
+        ["bash", "-c", command], cwd=folder, capture_output=True, text=True, timeout=300, check=True
     )
-    if '"stream": true' in block:
+    if output := re.search(r" -o (\S+)", block):
+        assert (folder / output[1]).stat().st_size > 1000
+        assert result.stdout == ""
+    elif "response_format=srt" in block:
+        assert re.match(r"1\n00:00:00,\d{3} --> 00:00:\d\d,\d{3}\n\w", result.stdout)
+    elif '"stream": true' in block:
         *events, done = re.findall(r"^data: (.*)$", result.stdout, re.MULTILINE)
         assert done == "[DONE]"
         deltas = [json.loads(event)["choices"][0]["delta"] for event in events]
