@@ -11,7 +11,9 @@ from modules.images import Images
 from modules.moderation import Moderator
 from modules.reranking import Reranker
 from modules.settings import Settings
+from modules.speech import SpeechSynthesizer
 from modules.storage import Storage
+from modules.transcription import Transcriber
 
 if TYPE_CHECKING:  # names only: the web framework is not for this layer, and torch loads slowly
     from fastapi import FastAPI
@@ -31,6 +33,8 @@ class Context:
     moderation: Moderator
     images: Images
     storage: Storage
+    transcriber: Transcriber
+    speech: SpeechSynthesizer
     services: list[Callable[[], Awaitable[None]]] = field(default_factory=list)
     """Coroutine functions that run beside the requests, until they are cancelled: from when the
     server can be reached until it shuts down. An extension's `setup` may add some."""
@@ -41,6 +45,8 @@ class Context:
         self.embeddings.close()
         self.reranker.close()
         self.images.close()
+        self.transcriber.close()
+        self.speech.close()
         self.models.unload()
         self.storage.close()
 
@@ -60,4 +66,6 @@ def build_context(
         moderation=Moderator(settings, embeddings),
         images=Images(settings),
         storage=Storage(settings),
+        transcriber=Transcriber(settings),
+        speech=SpeechSynthesizer(settings),
     )

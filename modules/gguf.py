@@ -5,7 +5,6 @@ like is `gguf_tokenizers`' business, and who loads the folder, or when, is not k
 """
 
 import copy
-import hashlib
 import json
 import logging
 import mmap
@@ -14,7 +13,6 @@ import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import groupby
 from math import prod
@@ -24,7 +22,6 @@ from typing import Any, NamedTuple
 import gguf
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -50,6 +47,7 @@ from transformers.modeling_gguf_pytorch_utils import (
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from modules.conversions import convert_once, to_folder_name
 from modules.errors import ModelLoadError
 from modules.gguf_tokenizers import build_tokenizer, end_token_ids, token_id
 
@@ -93,12 +91,7 @@ def convert(
     """
     try:
         target = cache_root / _folder_name(gguf_path)
-        if not target.is_dir():
-            cache_root.mkdir(parents=True, exist_ok=True)
-            with _turn(cache_root, on_progress):
-                _remove_leftovers(cache_root)
-                if not target.is_dir():
-                    _convert_to(target, GgufFile(gguf_path), on_progress)
+        convert_once(target, lambda folder: _write(folder, gguf_path, on_progress), on_progress)
     except (ModelLoadError, OSError, SafetensorError) as error:
         raise ModelLoadError(f"{gguf_path} cannot be loaded: {error}") from error
     except _CONTRADICTIONS as error:
@@ -110,45 +103,23 @@ def convert(
 def _folder_name(path: Path) -> str:
     stat = path.stat()
     key = f"{path.name} {stat.st_size} {stat.st_mtime_ns} {FORMAT_VERSION}"
-    return f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    return to_folder_name(path.stem, key)
 
 
-def _turn(cache_root: Path, on_progress: Callable[[str], None]) -> AbstractContextManager[object]:
-    """The lock of the folder, held until the end of the `with`, or of the process."""
-    lock = FileLock(cache_root / ".lock")
-    try:
-        return lock.acquire(timeout=0)
-    except Timeout:
-        on_progress("Waiting for another conversion to end")
-        return lock.acquire()
-
-
-def _remove_leftovers(cache_root: Path) -> None:
-    """Only for the one who holds the lock: whoever wrote these is dead."""
-    for folder in cache_root.glob("*.tmp"):
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _convert_to(target: Path, file: "GgufFile", on_progress: Callable[[str], None]) -> None:
-    """Write the folder beside its place and move it there when it is complete."""
-    _require_space(target.parent, file)
-    work = target.with_name(target.name + ".tmp")
-    work.mkdir()
-    try:
-        on_progress(f"Converting {file.path.name}")
-        tokenizer = build_tokenizer(file.metadata)
-        model, settings = _build_skeleton(file, work)
-        weights = _WeightFiles(work)
-        for name, tensor in _progress(_parameters(file, model, settings), model, on_progress):
-            weights.add(name, tensor)
-        weights.close()
-        _require_complete(model, weights.names)
-        model.config.save_pretrained(work)
-        _generation_config(file).save_pretrained(work)
-        tokenizer.save_pretrained(work)
-        work.rename(target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+def _write(folder: Path, path: Path, on_progress: Callable[[str], None]) -> None:
+    file = GgufFile(path)
+    _require_space(folder.parent, file)
+    on_progress(f"Converting {path.name}")
+    tokenizer = build_tokenizer(file.metadata)
+    model, settings = _build_skeleton(file, folder)
+    weights = _WeightFiles(folder)
+    for name, tensor in _progress(_parameters(file, model, settings), model, on_progress):
+        weights.add(name, tensor)
+    weights.close()
+    _require_complete(model, weights.names)
+    model.config.save_pretrained(folder)
+    _generation_config(file).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def _require_space(folder: Path, file: "GgufFile") -> None:

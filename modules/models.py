@@ -34,6 +34,7 @@ from transformers import (
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from modules import conversions
 from modules.engine.async_engine import AsyncEngine
 from modules.engine.cache_manager import BLOCK_SIZE
 from modules.engine.engine import Engine, EngineConfig
@@ -304,7 +305,7 @@ def to_folder(path: Path, settings: Settings) -> Path:
     # models of other kinds need none of them.
     from modules import gguf
 
-    return gguf.convert(path, settings.model_dir / ".converted", print)
+    return gguf.convert(path, settings.model_dir / conversions.FOLDER, print)
 
 
 def _load_tokenizer(

@@ -25,6 +25,7 @@ Result = TypeVar("Result")
 # Of Unix: with 10, a thread gets about a tenth of a core that one with 0 wants too. Somebody reads
 # what the model writes while it is written; what is done here arrives whole or ahead of its time.
 NICENESS = 10
+MAX_THREADS = 4
 
 
 class Worker(Generic[Resource]):
@@ -163,3 +164,8 @@ def lower_priority() -> None:
     """Let this thread, and those that it starts, give way to the other ones of this process."""
     if sys.platform == "linux":  # elsewhere, niceness is the whole process' own
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+
+
+def count_threads() -> int:
+    """With how many threads one capability computes: more than a few gain it nothing."""
+    return min(os.cpu_count() or 1, MAX_THREADS)

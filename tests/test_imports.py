@@ -18,6 +18,7 @@ LAYERS = (
     ("modules.errors", 0),
     ("modules.settings", 1),
     ("modules.data_files", 1),
+    ("modules.conversions", 1),
     ("modules.presets", 1),
     ("modules.instruction_templates", 1),
     ("modules.template_sandbox", 1),
@@ -31,7 +32,7 @@ LAYERS = (
 # Modules of one layer that work together.
 SAME_LAYER_IS_FINE = {1, 2, 3, 4}
 LIBRARIES = {
-    "fastapi": {4, 5},
+    "fastapi": {0, 4, 5},
     "sse_starlette": {4, 5},
     "uvicorn": {5},
     "pydantic": {0, 4},
@@ -54,6 +55,8 @@ ASYNCIO = (
     "modules/moderation.py",
     "modules/images.py",
     "modules/sd_webui.py",
+    "modules/speech.py",
+    "modules/transcription.py",
     "extensions/",
     "server.py",
 )

@@ -22,7 +22,9 @@ from extensions.openai import (
     moderations,
     rerank,
     search,
+    speech,
     tokens,
+    transcriptions,
 )
 from extensions.openai.auth import build_router
 from extensions.openai.chat_prompts import check_settings
@@ -54,6 +56,8 @@ ENDPOINTS = (
     search,
     moderations,
     images,
+    transcriptions,
+    speech,
     files,
     batches,
     fine_tuning,

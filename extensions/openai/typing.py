@@ -46,6 +46,7 @@ MAX_NAMED_TOKENS = 2**18
 MAX_DRY_BREAKERS = 64
 MAX_DRY_BREAKER_CHARS = 100
 MAX_NUM_BEAMS = 64
+MAX_SPEECH_CHARS = 4096
 # Of texts to embed or to compare: as many as OpenAI takes, and some novels together.
 MAX_INPUTS = 2048
 MAX_INPUT_CHARS = 10_000_000
@@ -1099,6 +1100,32 @@ class PresetList(BaseModel):
     preset_names: list[str]
 
 
+# Forms
+
+
+class FormModel(WireModel):
+    """Of a form, whose fields are all text: "1" is a number, and an empty text is the default."""
+
+    model_config = ConfigDict(strict=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_empty(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return {name: value for name, value in data.items() if value != ""}
+
+
+def _check_upload(value: Any) -> UploadFile:
+    if not isinstance(value, UploadFile):
+        raise PydanticCustomError("file_type", "Input should be a file")
+    return value
+
+
+UploadField = Annotated[Any, WithJsonSchema({"type": "string", "format": "binary"})]
+Upload = Annotated[UploadField, AfterValidator(_check_upload)]
+
+
 # Files
 
 
@@ -1111,9 +1138,10 @@ BatchId = Annotated[str, Field(pattern=r"^batch_[0-9a-f]{32}$")]
 Order = Literal["asc", "desc"]
 
 
-class FileOptions(WireModel):
-    """What comes with an upload, as fields of a form."""
+class FileUpload(FormModel):
+    """A form with a file."""
 
+    file: Upload = Field(description="What to keep.")
     purpose: Literal["assistants", "batch", "evals", "fine-tune", "user_data", "vision"] = Field(
         description="`batch` for the input of a batch. Otherwise it is only kept."
     )
@@ -1125,7 +1153,6 @@ class FileOptions(WireModel):
     seconds: SecondsOfLife | None = Field(
         default=None,
         alias="expires_after[seconds]",
-        strict=False,  # a form has only texts
         description="Delete the file after so many seconds. Left out: never.",
     )
 
@@ -1513,12 +1540,6 @@ def _check_image_size(size: str) -> str:
     return size
 
 
-def _check_upload(value: Any) -> UploadFile:
-    if not isinstance(value, UploadFile):
-        raise PydanticCustomError("upload", "Input should be a file, not a text")
-    return value
-
-
 def _check_only_upload(values: list[Any]) -> list[UploadFile]:
     if len(values) > 1:
         raise PydanticCustomError("uploads", "Only one image can be edited at a time")
@@ -1529,8 +1550,6 @@ ImagePrompt = Annotated[str, Field(max_length=MAX_IMAGE_PROMPT_CHARS)]
 ImageSize = Annotated[str, AfterValidator(_check_image_size)]
 NumImages = Annotated[int, Field(ge=1, le=MAX_IMAGES), BeforeValidator(_to_int)]
 ImageStrength = Annotated[float, Field(ge=0.01, le=1)]
-UploadField = Annotated[Any, WithJsonSchema({"type": "string", "format": "binary"})]
-Upload = Annotated[UploadField, AfterValidator(_check_upload)]
 
 
 class ImageOptions(WireModel):
@@ -1637,11 +1656,8 @@ class ImageGenerationRequest(StreamedImageOptions):
     )
 
 
-class ImageEditRequest(StreamedImageOptions):
+class ImageEditRequest(StreamedImageOptions, FormModel):
     """Change an image, or a part of it, by words. A form; unknown fields are ignored."""
-
-    # A form has nothing but text.
-    model_config = ConfigDict(strict=False)
 
     image: Annotated[list[UploadField], AfterValidator(_check_only_upload)] = Field(
         description="The image: PNG, JPEG or WebP. Without a mask, what is transparent in it is "
@@ -1659,10 +1675,8 @@ class ImageEditRequest(StreamedImageOptions):
     )
 
 
-class ImageVariationRequest(ImageOptions):
+class ImageVariationRequest(ImageOptions, FormModel):
     """Make images like another one. A form; unknown fields are ignored."""
-
-    model_config = ConfigDict(strict=False)
 
     image: Upload = Field(description="The image: PNG, JPEG or WebP.")
     denoising_strength: ImageStrength | None = Field(
@@ -1696,6 +1710,199 @@ class ImageList(BaseModel):
     data: list[Image]
     output_format: Literal["png", "jpeg", "webp"]
     size: str = Field(description="WIDTHxHEIGHT.")
+
+
+# Audio
+
+
+class VoiceActivityDetection(FormModel):
+    type: Literal["server_vad"] = Field(description="Always server_vad.")
+    threshold: float = Field(
+        default=0.5, ge=0, le=1, description="How sure it has to be that somebody speaks."
+    )
+    silence_duration_ms: int = Field(
+        default=200, ge=0, le=MAX_INT, description="Shorter pauses are left in."
+    )
+    prefix_padding_ms: int = Field(
+        default=300, ge=0, le=10000, description="How much is left in around what is spoken."
+    )
+
+
+def _to_chunking_strategy(value: Any) -> Any:
+    """ "auto", or an object, also as JSON."""
+    if not isinstance(value, str) or value == "auto":
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        message = "Input should be auto or an object with the type server_vad"
+        raise PydanticCustomError("chunking_strategy", message) from None
+
+
+class AudioOptions(FormModel):
+    file: Upload = Field(
+        description="A recording, or a video with sound, in any common format: wav, mp3, m4a, mp4, "
+        "ogg, opus, flac, webm and more."
+    )
+    model: str = Field(
+        default="whisper-1",
+        description="A Whisper model in the model folder, or the bundled one. Any other name means "
+        "the one that the settings choose.",
+    )
+    prompt: str = Field(
+        default="",
+        description="Text that could stand before the recording: it sets the style, and spells "
+        "names.",
+    )
+    response_format: Literal["json", "text", "srt", "verbose_json", "vtt"] = Field(
+        default="json",
+        description="json: the text. verbose_json: with times. srt, vtt: subtitles.",
+    )
+    temperature: float = Field(
+        default=0,
+        ge=0,
+        le=1,
+        description="0: without chance, and more of it by steps where the text is not plausible.",
+    )
+
+
+class TranslationRequest(AudioOptions):
+    pass
+
+
+class TranscriptionRequest(AudioOptions):
+    language: str | None = Field(
+        default=None,
+        description="What is spoken, as a code of ISO 639-1 or in English. null: it is found out.",
+    )
+    timestamp_granularities: Sequence[Literal["word", "segment"]] = Field(
+        default=("segment",),
+        description="With verbose_json: which times to tell. word takes longer.",
+    )
+    stream: bool = Field(
+        default=False, description="Send the text as events while it is heard, with json and text."
+    )
+    chunking_strategy: Annotated[
+        Literal["auto"] | VoiceActivityDetection | None, BeforeValidator(_to_chunking_strategy)
+    ] = Field(
+        default=None,
+        description="auto, or an object with the type server_vad: silence is left out before the "
+        "model hears the recording. null: it hears everything.",
+    )
+    include: list[Literal["logprobs"]] = Field(
+        default_factory=list, description="logprobs is refused: it is not known here."
+    )
+    known_speaker_names: list[str] = Field(
+        default_factory=list, description="Refused: speakers are not told apart."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _join_brackets(cls, data: Any) -> Any:
+        """Objects come in forms as `chunking_strategy[type]`."""
+        if not isinstance(data, dict):
+            return data
+        parts = {
+            name.removeprefix("chunking_strategy[").removesuffix("]"): value
+            for name, value in data.items()
+            if name.startswith("chunking_strategy[")
+        }
+        return {**data, "chunking_strategy": parts} if parts else data
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.include:
+            _refuse("include", "Log-probabilities are not known here", self.include)
+        if self.known_speaker_names:
+            message = "Speakers are not told apart here"
+            _refuse("known_speaker_names", message, self.known_speaker_names)
+        if self.response_format != "verbose_json" and (
+            "timestamp_granularities" in self.model_fields_set
+        ):
+            message = "It needs the response_format verbose_json"
+            _refuse("timestamp_granularities", message, self.timestamp_granularities)
+        if self.stream and self.response_format not in ("json", "text"):
+            message = "A stream carries text only: Input should be json or text"
+            _refuse("response_format", message, self.response_format)
+        return self
+
+
+class AudioUsage(BaseModel):
+    type: Literal["duration"]
+    seconds: float
+
+
+class TranscribedSegment(BaseModel):
+    id: int
+    seek: int = Field(description="Where the window begins that it was heard in, in 10 ms.")
+    start: float = Field(description="Seconds from the beginning of the recording.")
+    end: float
+    text: str
+    tokens: list[int]
+    temperature: float
+    avg_logprob: float
+    compression_ratio: float = Field(description="Above 2.4 the text repeats itself.")
+    no_speech_prob: float
+
+
+class TranscribedWord(BaseModel):
+    word: str
+    start: float = Field(description="Seconds from the beginning of the recording.")
+    end: float
+
+
+class Transcription(BaseModel):
+    """With `verbose_json` also `task`, `language`, `duration`, `segments` and `words`."""
+
+    text: str
+    usage: AudioUsage
+    task: Literal["transcribe"] | None = None
+    language: str | None = Field(default=None, description="In English, in small letters.")
+    duration: float | None = Field(default=None, description="In seconds.")
+    segments: list[TranscribedSegment] | None = None
+    words: list[TranscribedWord] | None = None
+
+
+class Translation(BaseModel):
+    """With `verbose_json` also `task`, `language`, `duration` and `segments`."""
+
+    text: str
+    task: Literal["translate"] | None = None
+    language: Literal["english"] | None = None
+    duration: float | None = Field(default=None, description="In seconds.")
+    segments: list[TranscribedSegment] | None = None
+
+
+class CustomVoice(WireModel):
+    id: str
+
+
+def _to_voice_name(value: Any) -> Any:
+    return value.get("id") if isinstance(value, dict) else value
+
+
+class SpeechRequest(WireModel):
+    model_config = _example({"model": "tts-1", "voice": "alloy", "input": "How are you today?"})
+
+    input: str = Field(min_length=1, max_length=MAX_SPEECH_CHARS, description="The text to speak.")
+    model: str = Field(default="tts-1", description="Any; the voice decides.")
+    voice: Annotated[str, BeforeValidator(_to_voice_name)] = Field(
+        default="alloy",
+        description="A voice of this machine; NAME:SPEAKER if it has several speakers. OpenAI's "
+        "names mean the one that the settings choose. Also taken as an object with `id`.",
+    )
+    response_format: Literal["mp3", "opus", "aac", "flac", "wav", "pcm"] = Field(
+        default="mp3",
+        description="One channel, 24000 samples a second. opus comes in Ogg; pcm is 16 bits, "
+        "little-endian, without a header.",
+    )
+    speed: float = Field(default=1, ge=0.25, le=4, description="How fast to speak; 2 is twice.")
+    stream_format: Literal["audio", "sse"] = Field(
+        default="audio", description="sse: as events, with the pieces of the file in base64."
+    )
+    instructions: str = Field(
+        default="", description="Passed over, as OpenAI's tts-1 does: a voice has one manner."
+    )
 
 
 # Older programs

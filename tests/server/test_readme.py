@@ -60,6 +60,11 @@ def test_curl(server: Server, folder: Path, block: str) -> None:
     )
     if written := re.search(r"> (\S+\.png)$", block.strip()):
         assert (folder / written[1]).read_bytes().startswith(b"\x89PNG")
+    elif output := re.search(r" -o (\S+)", block):
+        assert (folder / output[1]).stat().st_size > 1000
+        assert result.stdout == ""
+    elif "response_format=srt" in block:
+        assert re.match(r"1\n00:00:00,\d{3} --> 00:00:\d\d,\d{3}\n\w", result.stdout)
     elif '"stream": true' in block:
         *events, done = re.findall(r"^data: (.*)$", result.stdout, re.MULTILINE)
         assert done == "[DONE]"

@@ -1,0 +1,230 @@
+"""Sound in files: every container, what is refused, and files that are written in pieces."""
+
+from __future__ import annotations
+
+import io
+import struct
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from modules.audio_files import AUDIO_FORMATS, HEARING_RATE, SPEAKING_RATE, AudioEncoder, decode
+from modules.errors import InvalidRequestError
+from tests.recordings import encode, make_tone
+
+FILE_FORMATS = sorted(AUDIO_FORMATS.keys() - {"pcm"})
+
+
+def listen(data: bytes, max_minutes: float = 1) -> NDArray[np.float32]:
+    return decode(data, max_minutes, lambda: None)
+
+
+def find_pitch(sound: NDArray[np.float32]) -> float:
+    strengths = np.abs(np.fft.rfft(sound))
+    return float(np.fft.rfftfreq(len(sound), 1 / HEARING_RATE)[strengths.argmax()])
+
+
+def refusal(data: bytes, max_minutes: float = 1) -> InvalidRequestError:
+    with pytest.raises(InvalidRequestError) as caught:
+        listen(data, max_minutes)
+    assert caught.value.param == "file"
+    return caught.value
+
+
+def write(container: str, codec: str, rate: int, layout: str, video: bool = False) -> bytes:
+    """Two seconds, by FFmpeg itself; with `video`, beside a black picture."""
+    file = io.BytesIO()
+    with av.open(file, "w", format=container) as out:
+        picture = out.add_stream("mpeg4", rate=10) if video else None
+        sound = out.add_stream(codec, rate=rate) if codec else None
+        if sound:
+            sound.layout = layout
+        if picture:
+            picture.width, picture.height, picture.pix_fmt = 64, 64, "yuv420p"
+            for _ in range(20):
+                out.mux(picture.encode(av.VideoFrame(64, 64, "yuv420p")))
+            out.mux(picture.encode(None))
+        if sound:
+            num_channels = 2 if layout == "stereo" else 1
+            times = np.arange(2 * rate) / rate
+            tone = (16000 * np.sin(2 * np.pi * 440 * times)).astype(np.int16)
+            interleaved = np.repeat(tone, num_channels)[np.newaxis]
+            frame = av.AudioFrame.from_ndarray(interleaved, format="s16", layout=layout)
+            frame.sample_rate = rate
+            out.mux(sound.encode(frame))
+            out.mux(sound.encode(None))
+    return file.getvalue()
+
+
+def build_wav(sample_rate: int, samples: bytes, claimed: int | None = None) -> bytes:
+    size = len(samples) if claimed is None else claimed
+    form = struct.pack("<HHIIHH", 1, 1, sample_rate, 2 * sample_rate, 2, 16)
+    head = b"RIFF" + struct.pack("<I", min(size + 36, 2**32 - 1)) + b"WAVEfmt "
+    return head + struct.pack("<I", 16) + form + b"data" + struct.pack("<I", size) + samples
+
+
+# Reading
+
+
+@pytest.mark.parametrize("name", FILE_FORMATS)
+def test_what_is_written_can_be_read(name: str) -> None:
+    sound = listen(encode(make_tone(2), name))
+    assert len(sound) / HEARING_RATE == pytest.approx(2, abs=0.1)
+    assert find_pitch(sound) == pytest.approx(440, abs=2)
+    assert 0.4 < np.abs(sound).max() < 0.6
+
+
+@pytest.mark.parametrize(
+    ("container", "codec", "rate", "layout", "video"),
+    [
+        ("mp4", "aac", 44100, "stereo", False),
+        ("mp4", "aac", 48000, "mono", True),
+        ("webm", "libopus", 48000, "stereo", False),
+        ("matroska", "flac", 22050, "mono", False),
+        ("wav", "pcm_s16le", 8000, "stereo", False),
+        ("wav", "pcm_f32le", 96000, "mono", False),
+        ("avi", "libmp3lame", 44100, "mono", True),
+        ("mpegts", "aac", 32000, "stereo", False),
+    ],
+)
+def test_containers_rates_and_channels(
+    container: str, codec: str, rate: int, layout: str, video: bool
+) -> None:
+    sound = listen(write(container, codec, rate, layout, video))
+    assert len(sound) / HEARING_RATE == pytest.approx(2, abs=0.1)
+    assert find_pitch(sound) == pytest.approx(440, abs=2)
+
+
+def test_a_file_that_was_cut_off_is_read_as_far_as_it_goes() -> None:
+    whole = encode(make_tone(4), "mp3")
+    sound = listen(whole[: len(whole) // 2])
+    assert len(sound) / HEARING_RATE == pytest.approx(2, abs=0.2)
+
+
+def test_damage_in_the_middle_is_passed_over() -> None:
+    whole = bytearray(encode(make_tone(4), "mp3"))
+    whole[8000:8400] = b"\xff" * 400
+    assert len(listen(bytes(whole))) / HEARING_RATE == pytest.approx(4, abs=0.5)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"no recording " * 1000,
+        build_wav(16000, b""),
+        build_wav(16000, b"\0\0")[:20],
+        write("mp4", "", 0, "", video=True),
+        (Path(__file__).parents[2] / "LICENSE").read_bytes(),
+    ],
+    ids=["empty", "garbage", "no samples", "half a header", "no sound", "text"],
+)
+def test_what_cannot_be_heard_is_refused(data: bytes) -> None:
+    refusal(data)
+
+
+def test_a_recording_may_be_as_long_as_the_limit_and_no_longer() -> None:
+    data = encode(make_tone(6))
+    assert len(listen(data, max_minutes=0.11)) == pytest.approx(6 * HEARING_RATE, abs=200)
+    assert "longer than 0.09 minutes" in str(refusal(data, max_minutes=0.09))
+
+
+def test_what_a_header_claims_costs_nothing() -> None:
+    second = b"\1\0" * HEARING_RATE
+    assert len(listen(build_wav(HEARING_RATE, second, claimed=2**32 - 100))) == HEARING_RATE
+    # One sample a second: 30000 of them would become half a billion.
+    assert "longer than" in str(refusal(build_wav(1, b"\1\0" * 30000), max_minutes=120))
+
+
+def test_whoever_waits_can_end_it() -> None:
+    calls = iter(range(100))
+
+    def check() -> None:
+        if next(calls) == 3:
+            raise TimeoutError
+
+    with pytest.raises(TimeoutError):
+        decode(encode(make_tone(10), "mp3"), 1, check)
+
+
+# What refers to other files
+
+
+@pytest.fixture
+def asked() -> Iterator[tuple[str, list[str]]]:
+    """A server on this machine: its address, and the paths that it was asked for."""
+    paths: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            paths.append(self.path)
+            self.send_error(404)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/sound.wav", paths
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+HLS = "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{}\n#EXT-X-ENDLIST\n"
+CONCAT = "ffconcat version 1.0\nfile '{}'\n"
+SDP = "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=audio 0 RTP/AVP 0\n"
+DASH = """<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static"
+mediaPresentationDuration="PT9S"><Period><AdaptationSet mimeType="audio/mp4">
+<Representation id="1" bandwidth="1"><BaseURL>{}</BaseURL></Representation>
+</AdaptationSet></Period></MPD>"""
+
+
+@pytest.mark.parametrize("playlist", [HLS, CONCAT, SDP, DASH], ids=["hls", "concat", "sdp", "dash"])
+@pytest.mark.parametrize("place", ["file", "file URL", "http"])
+def test_playlists_are_refused(
+    playlist: str, place: str, asked: tuple[str, list[str]], tmp_path: Path
+) -> None:
+    url, paths = asked
+    secret = tmp_path / "secret.wav"
+    secret.write_bytes(encode(make_tone(1)))
+    address = {"file": str(secret), "file URL": secret.as_uri(), "http": url}[place]
+    error = refusal(playlist.format(address).encode())
+    assert paths == []
+    if playlist in (CONCAT, SDP):  # these FFmpeg recognizes without a name: it was told not to
+        assert isinstance(error.__cause__, av.ArgumentError)
+
+
+# Writing
+
+
+@pytest.mark.parametrize("name", sorted(AUDIO_FORMATS))
+def test_files_are_written_in_pieces(name: str) -> None:
+    tone = make_tone(6)
+    encoder = AudioEncoder(name, SPEAKING_RATE)
+    pieces = [encoder.encode(part) for part in np.split(tone, 3)]
+    assert all(pieces)
+    data = b"".join([*pieces, encoder.finish()])
+    if name == "pcm":
+        assert len(data) == pytest.approx(2 * len(tone), abs=200)
+    else:
+        assert len(listen(data)) / HEARING_RATE == pytest.approx(6, abs=0.1)
+
+
+def test_other_rates_become_that_of_speech() -> None:
+    encoder = AudioEncoder("pcm", SPEAKING_RATE // 2)
+    data = encoder.encode(make_tone(1)) + encoder.finish()
+    assert len(data) == pytest.approx(2 * 2 * SPEAKING_RATE, abs=200)
+
+
+def test_nothing_is_written_beyond_the_loudest() -> None:
+    encoder = AudioEncoder("pcm", SPEAKING_RATE)
+    data = encoder.encode(np.full(SPEAKING_RATE, 1.5, np.float32)) + encoder.finish()
+    assert set(np.frombuffer(data, "<i2")) == {32767}
