@@ -6,14 +6,11 @@ same seed gives the same picture, whatever else a request asks for. It can be st
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import io
 import math
 import secrets
-import threading
-from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +32,7 @@ from modules.image_backend import (
 )
 from modules.image_files import encode, load_pillow
 from modules.optional_packages import import_package
-from modules.worker import Worker
+from modules.worker import Outlet, Worker
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -63,8 +60,6 @@ SAMPLERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 
 Request = GenerationRequest | EditRequest | VariationRequest
-Emit = Callable[[ImageEvent], None]
-IsLeft = Callable[[], bool]
 
 
 class DiffusersPipeline:
@@ -89,25 +84,8 @@ class DiffusersPipeline:
     def close(self) -> None:
         self._worker.close()
 
-    async def _run(self, request: Request) -> AsyncGenerator[ImageEvent, None]:
-        """As Worker.stream, for what calls back instead of yielding."""
-        loop = asyncio.get_running_loop()
-        inbox: asyncio.Queue[ImageEvent | None] = asyncio.Queue()
-        is_left = threading.Event()
-
-        def emit(event: ImageEvent | None) -> None:
-            with suppress(RuntimeError):  # a loop that is closed has nobody left to tell
-                loop.call_soon_threadsafe(inbox.put_nowait, event)
-
-        future = self._worker.submit(lambda pipelines: pipelines.run(request, emit, is_left.is_set))
-        future.add_done_callback(lambda _: emit(None))
-        try:
-            while (event := await inbox.get()) is not None:
-                yield event
-            future.result()  # raises what has ended it
-        finally:
-            is_left.set()
-            future.cancel()
+    def _run(self, request: Request) -> AsyncGenerator[ImageEvent, None]:
+        return self._worker.stream_from(lambda pipelines, outlet: pipelines.run(request, outlet))
 
 
 class _Pipelines:
@@ -124,8 +102,8 @@ class _Pipelines:
         self._scheduler_class = type(self._pipeline.scheduler)
         self.size = _find_own_size(self._pipeline)
 
-    def run(self, request: Request, emit: Emit, is_left: IsLeft) -> None:
-        """Raises InvalidRequestError and CapabilityError."""
+    def run(self, request: Request, outlet: Outlet[ImageEvent]) -> None:
+        """Raises InvalidRequestError and CapabilityError, and what `outlet` raises."""
         import torch
 
         pipeline = self._get_pipeline(request)
@@ -136,15 +114,13 @@ class _Pipelines:
             for index in range(options.num_images):
                 pipeline.set_progress_bar_config(disable=True)
                 pipeline.scheduler = self._make_scheduler(options.sampler_name)
-                watch = _Watch(options, index, emit, is_left)
+                watch = _Watch(options, index, outlet)
                 picture = pipeline(
                     **arguments,
                     **_take(pipeline, callback_on_step_end=watch),
                     generator=torch.Generator("cpu").manual_seed(seed + index),
                 ).images[0]
-                emit(_finish(picture, request))
-        except _StoppedError:
-            return
+                outlet.put(_finish(picture, request))
         except torch.OutOfMemoryError:
             raise BackendError("There is not enough memory for an image of that size.") from None
 
@@ -204,27 +180,21 @@ class _Pipelines:
         return getattr(self._diffusers, SAMPLERS[name][0]) in (self._scheduler_class, *compatible)
 
 
-class _StoppedError(Exception):
-    """Ends a pipeline in the middle, from its callback."""
-
-
 class _Watch:
     """What a pipeline calls after each step of one picture."""
 
-    def __init__(self, options: ImageOptions, index: int, emit: Emit, is_left: IsLeft) -> None:
+    def __init__(self, options: ImageOptions, index: int, outlet: Outlet[ImageEvent]) -> None:
         self._options = options
         self._index = index
-        self._emit = emit
-        self._is_left = is_left
+        self._outlet = outlet
 
     def __call__(self, pipeline: Any, step: int, timestep: Any, state: Any) -> Any:
-        if self._is_left():
-            raise _StoppedError
+        self._outlet.check()
         if self._is_time(step, pipeline.num_timesteps) and "latents" in state:
             picture = _decode_latents(pipeline, state["latents"])
             if picture is not None:
                 data = encode(picture, self._options.output)
-                self._emit(PartialImage(data, Size(*picture.size)))
+                self._outlet.put(PartialImage(data, Size(*picture.size)))
         return state
 
     def _is_time(self, step: int, num_steps: int) -> bool:

@@ -1,19 +1,19 @@
 """POST /v1/moderations: which of OpenAI's categories of harmful text a text belongs to."""
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
+from pydantic_core import to_json
 
 from extensions.openai.responses import Json
-from extensions.openai.streaming import send_json
-from extensions.openai.typing import ModerationRequest, Moderations
+from extensions.openai.streaming import JsonAnswer, send_json
+from extensions.openai.typing import MAX_INPUTS, ModerationRequest, Moderations
 from modules.context import Context
 from modules.errors import InvalidRequestError
 from modules.moderation import THRESHOLD, Moderation
 
-MAX_TEXTS = 2048
 # A book has as many. They are judged while others wait for their turn.
 MAX_CHARS = 1_000_000
 
@@ -22,19 +22,20 @@ def add_routes(router: APIRouter, context: Context) -> None:
     @router.post("/v1/moderations", tags=["Moderations"], responses={200: {"model": Moderations}})
     async def moderate(request: Request, body: ModerationRequest) -> Response:
         """Scores a text, or several, by category."""
-        texts = read_texts(body.input)
-        return await send_json(_moderate(context, texts), request, context.settings)
+        return await send_json(answer_moderation(context, body), request, context.settings)
 
 
-async def _moderate(context: Context, texts: Sequence[str]) -> Json:
-    return build_moderations(await context.moderation.moderate(texts))
+async def answer_moderation(context: Context, body: ModerationRequest) -> JsonAnswer:
+    """Raises InvalidRequestError, and what `Moderator.moderate` raises."""
+    moderation = await context.moderation.moderate(read_texts(body.input))
+    return JsonAnswer(to_json(build_moderations(moderation)))
 
 
 def read_texts(value: Any) -> tuple[str, ...]:
     """The texts of `input`, each of which gets a result. Raises InvalidRequestError."""
     texts = _to_texts(value)
-    if len(texts) > MAX_TEXTS:
-        raise InvalidRequestError(f"There may be at most {MAX_TEXTS} texts.", "input")
+    if len(texts) > MAX_INPUTS:
+        raise InvalidRequestError(f"There may be at most {MAX_INPUTS} texts.", "input")
     if sum(map(len, texts)) > MAX_CHARS:
         message = f"The texts may have at most {MAX_CHARS} characters together."
         raise InvalidRequestError(message, "input")

@@ -8,9 +8,12 @@ from starlette.routing import Match, Route
 from starlette.types import Scope
 
 from extensions.openai import (
+    batches,
     chat_completions,
     completions,
     embeddings,
+    files,
+    fine_tuning,
     images,
     internal,
     legacy,
@@ -51,6 +54,9 @@ ENDPOINTS = (
     search,
     moderations,
     images,
+    files,
+    batches,
+    fine_tuning,
     legacy,
 )
 

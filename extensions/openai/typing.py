@@ -1099,6 +1099,190 @@ class PresetList(BaseModel):
     preset_names: list[str]
 
 
+# Files
+
+
+SecondsOfLife = Annotated[int, Field(ge=3600, le=2_592_000)]
+FilePurpose = Literal[
+    "assistants", "batch", "batch_output", "evals", "fine-tune", "user_data", "vision"
+]
+FileId = Annotated[str, Field(pattern=r"^file-[0-9a-f]{32}$")]
+BatchId = Annotated[str, Field(pattern=r"^batch_[0-9a-f]{32}$")]
+Order = Literal["asc", "desc"]
+
+
+class FileOptions(WireModel):
+    """What comes with an upload, as fields of a form."""
+
+    purpose: Literal["assistants", "batch", "evals", "fine-tune", "user_data", "vision"] = Field(
+        description="`batch` for the input of a batch. Otherwise it is only kept."
+    )
+    anchor: Literal["created_at"] | None = Field(
+        default=None,
+        alias="expires_after[anchor]",
+        description="What `expires_after[seconds]` is counted from.",
+    )
+    seconds: SecondsOfLife | None = Field(
+        default=None,
+        alias="expires_after[seconds]",
+        strict=False,  # a form has only texts
+        description="Delete the file after so many seconds. Left out: never.",
+    )
+
+
+class File(BaseModel):
+    id: str
+    object: Literal["file"]
+    bytes: int
+    created_at: int = Field(description="Seconds since 1970.")
+    expires_at: int | None
+    filename: str
+    purpose: FilePurpose
+    status: Literal["processed"]
+    status_details: None
+
+
+class FileList(BaseModel):
+    object: Literal["list"]
+    data: list[File]
+    first_id: str | None
+    last_id: str | None = Field(description="For `after`, to see the next ones.")
+    has_more: bool
+
+
+class DeletedFile(BaseModel):
+    id: str
+    object: Literal["file"]
+    deleted: Literal[True]
+
+
+# Batches
+
+
+class ExpiresAfter(WireModel):
+    anchor: Literal["created_at"] = Field(description="What `seconds` is counted from.")
+    seconds: SecondsOfLife
+
+
+class BatchRequest(WireModel):
+    model_config = _example(
+        {
+            "input_file_id": "file-0123456789abcdef0123456789abcdef",
+            "endpoint": "/v1/chat/completions",
+            "completion_window": "24h",
+        }
+    )
+
+    input_file_id: Name = Field(
+        description="An uploaded file with the purpose `batch`: one request a line, as "
+        '`{"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": {...}}`.'
+    )
+    endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings"] = Field(
+        description="What all lines ask for; the `url` of each is the same."
+    )
+    completion_window: Literal["24h"] = Field(
+        description="What has no answer after that time is left out."
+    )
+    metadata: (
+        Annotated[
+            dict[
+                Annotated[str, Field(max_length=64)],
+                Annotated[str, Field(max_length=512)],
+            ],
+            Field(max_length=16),
+        ]
+        | None
+    ) = Field(default=None, description="Up to 16 texts by name, kept with the batch.")
+    output_expires_after: ExpiresAfter | None = Field(
+        default=None, description="Delete its output after so long. null: never."
+    )
+
+
+class BatchLine(WireModel):
+    """One line of a batch's input."""
+
+    custom_id: Annotated[str, Field(min_length=1, max_length=512)]
+    method: Literal["POST"]
+    url: str
+    body: dict[str, Any]
+
+
+class BatchError(BaseModel):
+    code: str
+    line: int | None = Field(description="Of the input file, from 1.")
+    message: str
+    param: str | None
+
+
+class BatchErrors(BaseModel):
+    object: Literal["list"]
+    data: list[BatchError]
+
+
+class BatchCounts(BaseModel):
+    total: int
+    completed: int
+    failed: int
+
+
+class BatchInputDetails(BaseModel):
+    cached_tokens: int
+
+
+class BatchOutputDetails(BaseModel):
+    reasoning_tokens: int
+
+
+class BatchUsage(BaseModel):
+    input_tokens: int
+    input_tokens_details: BatchInputDetails
+    output_tokens: int
+    output_tokens_details: BatchOutputDetails
+    total_tokens: int
+
+
+class Batch(BaseModel):
+    id: str
+    object: Literal["batch"]
+    endpoint: str
+    model: str | None
+    errors: BatchErrors | None = Field(description="Why the input file cannot be used.")
+    input_file_id: str
+    completion_window: Literal["24h"]
+    status: Literal[
+        "validating",
+        "failed",
+        "in_progress",
+        "finalizing",
+        "completed",
+        "expired",
+        "cancelling",
+        "cancelled",
+    ]
+    output_file_id: str | None = Field(description="Answers, a line each, in the input's order.")
+    error_file_id: str | None = Field(description="Requests that failed or were left out.")
+    created_at: int
+    expires_at: int
+    in_progress_at: int | None
+    finalizing_at: int | None
+    completed_at: int | None
+    failed_at: int | None
+    expired_at: int | None
+    cancelling_at: int | None
+    cancelled_at: int | None
+    request_counts: BatchCounts
+    usage: BatchUsage
+    metadata: dict[str, str] | None
+
+
+class BatchList(BaseModel):
+    object: Literal["list"]
+    data: list[Batch]
+    first_id: str | None
+    last_id: str | None = Field(description="For `after`, to see the next ones.")
+    has_more: bool
+
+
 # Embeddings
 
 

@@ -78,10 +78,12 @@ class Server:
 
 
 @pytest.fixture(scope="session")
-def server(web_ui_url: str) -> Iterator[Server]:
-    """The settings that a user has, but for the context length."""
-    flags = ("--api", "--max-model-len", str(MAX_MODEL_LEN))
-    server = Server(*flags, env={"SD_WEBUI_URL": web_ui_url}).wait_until_ready()
+def server(web_ui_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The settings that a user has, but for the context length and the place of files."""
+    flags = ("--max-model-len", str(MAX_MODEL_LEN), "--user-data-dir")
+    env = {"SD_WEBUI_URL": web_ui_url}
+    server = Server("--api", *flags, str(tmp_path_factory.mktemp("user_data")), env=env)
+    server.wait_until_ready()
     yield server
     server.stop()
 

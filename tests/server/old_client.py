@@ -75,9 +75,31 @@ def search():
     return engine.request("post", f"{engine.instance_url()}/search", params)
 
 
+def moderate():
+    return openai.Moderation.create(["I will kill you.", "What a lovely day."])
+
+
 def edit():
     try:
         openai.Edit.create(model="any", instruction="Correct it.", input="teh")
+    except openai.error.OpenAIError as error:
+        return {"status": error.http_status, "message": str(error)}
+    return None
+
+
+def keep_file():
+    file = openai.File.create(
+        file=b'{"text": "kept"}', purpose="fine-tune", user_provided_filename="kept.jsonl"
+    )
+    listed = openai.File.list()
+    content = openai.File.download(file.id).decode()
+    deleted = openai.File.delete(file.id)
+    return {"created": file, "listed": listed, "content": content, "deleted": deleted}
+
+
+def fine_tune():
+    try:
+        openai.FineTune.create(training_file="file-1")
     except openai.error.OpenAIError as error:
         return {"status": error.http_status, "message": str(error)}
     return None
@@ -96,7 +118,10 @@ CALLS = {
     "Embedding.create": embed,
     "Engine.embeddings": embed_by_engine,
     "search": search,
+    "Moderation.create": moderate,
     "Edit.create": edit,
+    "File": keep_file,
+    "FineTune.create": fine_tune,
 }
 
 

@@ -96,7 +96,29 @@ def test_searches(results: Results) -> None:
     assert [item["score"] for item in ranked] == sorted([i["score"] for i in ranked], reverse=True)
 
 
+def test_moderations(results: Results) -> None:
+    threat, harmless = results["Moderation.create"]["results"]
+    assert threat["flagged"] is True
+    assert threat["categories"]["harassment/threatening"] is True
+    assert harmless["flagged"] is False
+
+
 def test_edits_are_gone(results: Results) -> None:
     edit = results["Edit.create"]
     assert edit["status"] == 410
     assert "/v1/chat/completions" in edit["message"]
+
+
+def test_files(results: Results) -> None:
+    files = results["File"]
+    created = files["created"]
+    assert (created["filename"], created["purpose"]) == ("kept.jsonl", "fine-tune")
+    assert created["id"] in [file["id"] for file in files["listed"]["data"]]
+    assert files["content"] == '{"text": "kept"}'
+    assert files["deleted"] == {"id": created["id"], "object": "file", "deleted": True}
+
+
+def test_nothing_is_fine_tuned(results: Results) -> None:
+    answer = results["FineTune.create"]
+    assert answer["status"] == 400
+    assert "trains no models" in answer["message"]
