@@ -49,8 +49,11 @@ ASYNCIO = (
     "modules/extended_generation.py",
     "modules/written_replies.py",
     "modules/worker.py",
+    "modules/storage.py",
     "modules/batch_worker.py",
     "modules/moderation.py",
+    "modules/images.py",
+    "modules/sd_webui.py",
     "extensions/",
     "server.py",
 )

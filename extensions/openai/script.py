@@ -8,9 +8,13 @@ from starlette.routing import Match, Route
 from starlette.types import Scope
 
 from extensions.openai import (
+    batches,
     chat_completions,
     completions,
     embeddings,
+    files,
+    fine_tuning,
+    images,
     internal,
     legacy,
     logits,
@@ -49,6 +53,10 @@ ENDPOINTS = (
     rerank,
     search,
     moderations,
+    images,
+    files,
+    batches,
+    fine_tuning,
     legacy,
 )
 

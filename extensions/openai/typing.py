@@ -25,6 +25,7 @@ from pydantic import (
     with_config,
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
+from starlette.datastructures import UploadFile
 from typing_extensions import TypedDict
 
 # Far beyond any meaning, and still harmless in float32 arithmetic.
@@ -1098,6 +1099,190 @@ class PresetList(BaseModel):
     preset_names: list[str]
 
 
+# Files
+
+
+SecondsOfLife = Annotated[int, Field(ge=3600, le=2_592_000)]
+FilePurpose = Literal[
+    "assistants", "batch", "batch_output", "evals", "fine-tune", "user_data", "vision"
+]
+FileId = Annotated[str, Field(pattern=r"^file-[0-9a-f]{32}$")]
+BatchId = Annotated[str, Field(pattern=r"^batch_[0-9a-f]{32}$")]
+Order = Literal["asc", "desc"]
+
+
+class FileOptions(WireModel):
+    """What comes with an upload, as fields of a form."""
+
+    purpose: Literal["assistants", "batch", "evals", "fine-tune", "user_data", "vision"] = Field(
+        description="`batch` for the input of a batch. Otherwise it is only kept."
+    )
+    anchor: Literal["created_at"] | None = Field(
+        default=None,
+        alias="expires_after[anchor]",
+        description="What `expires_after[seconds]` is counted from.",
+    )
+    seconds: SecondsOfLife | None = Field(
+        default=None,
+        alias="expires_after[seconds]",
+        strict=False,  # a form has only texts
+        description="Delete the file after so many seconds. Left out: never.",
+    )
+
+
+class File(BaseModel):
+    id: str
+    object: Literal["file"]
+    bytes: int
+    created_at: int = Field(description="Seconds since 1970.")
+    expires_at: int | None
+    filename: str
+    purpose: FilePurpose
+    status: Literal["processed"]
+    status_details: None
+
+
+class FileList(BaseModel):
+    object: Literal["list"]
+    data: list[File]
+    first_id: str | None
+    last_id: str | None = Field(description="For `after`, to see the next ones.")
+    has_more: bool
+
+
+class DeletedFile(BaseModel):
+    id: str
+    object: Literal["file"]
+    deleted: Literal[True]
+
+
+# Batches
+
+
+class ExpiresAfter(WireModel):
+    anchor: Literal["created_at"] = Field(description="What `seconds` is counted from.")
+    seconds: SecondsOfLife
+
+
+class BatchRequest(WireModel):
+    model_config = _example(
+        {
+            "input_file_id": "file-0123456789abcdef0123456789abcdef",
+            "endpoint": "/v1/chat/completions",
+            "completion_window": "24h",
+        }
+    )
+
+    input_file_id: Name = Field(
+        description="An uploaded file with the purpose `batch`: one request a line, as "
+        '`{"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": {...}}`.'
+    )
+    endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings"] = Field(
+        description="What all lines ask for; the `url` of each is the same."
+    )
+    completion_window: Literal["24h"] = Field(
+        description="What has no answer after that time is left out."
+    )
+    metadata: (
+        Annotated[
+            dict[
+                Annotated[str, Field(max_length=64)],
+                Annotated[str, Field(max_length=512)],
+            ],
+            Field(max_length=16),
+        ]
+        | None
+    ) = Field(default=None, description="Up to 16 texts by name, kept with the batch.")
+    output_expires_after: ExpiresAfter | None = Field(
+        default=None, description="Delete its output after so long. null: never."
+    )
+
+
+class BatchLine(WireModel):
+    """One line of a batch's input."""
+
+    custom_id: Annotated[str, Field(min_length=1, max_length=512)]
+    method: Literal["POST"]
+    url: str
+    body: dict[str, Any]
+
+
+class BatchError(BaseModel):
+    code: str
+    line: int | None = Field(description="Of the input file, from 1.")
+    message: str
+    param: str | None
+
+
+class BatchErrors(BaseModel):
+    object: Literal["list"]
+    data: list[BatchError]
+
+
+class BatchCounts(BaseModel):
+    total: int
+    completed: int
+    failed: int
+
+
+class BatchInputDetails(BaseModel):
+    cached_tokens: int
+
+
+class BatchOutputDetails(BaseModel):
+    reasoning_tokens: int
+
+
+class BatchUsage(BaseModel):
+    input_tokens: int
+    input_tokens_details: BatchInputDetails
+    output_tokens: int
+    output_tokens_details: BatchOutputDetails
+    total_tokens: int
+
+
+class Batch(BaseModel):
+    id: str
+    object: Literal["batch"]
+    endpoint: str
+    model: str | None
+    errors: BatchErrors | None = Field(description="Why the input file cannot be used.")
+    input_file_id: str
+    completion_window: Literal["24h"]
+    status: Literal[
+        "validating",
+        "failed",
+        "in_progress",
+        "finalizing",
+        "completed",
+        "expired",
+        "cancelling",
+        "cancelled",
+    ]
+    output_file_id: str | None = Field(description="Answers, a line each, in the input's order.")
+    error_file_id: str | None = Field(description="Requests that failed or were left out.")
+    created_at: int
+    expires_at: int
+    in_progress_at: int | None
+    finalizing_at: int | None
+    completed_at: int | None
+    failed_at: int | None
+    expired_at: int | None
+    cancelling_at: int | None
+    cancelled_at: int | None
+    request_counts: BatchCounts
+    usage: BatchUsage
+    metadata: dict[str, str] | None
+
+
+class BatchList(BaseModel):
+    object: Literal["list"]
+    data: list[Batch]
+    first_id: str | None
+    last_id: str | None = Field(description="For `after`, to see the next ones.")
+    has_more: bool
+
+
 # Embeddings
 
 
@@ -1274,6 +1459,243 @@ class Moderations(BaseModel):
     id: str
     model: str = Field(description="The model that has judged.")
     results: list[ModerationResult] = Field(description="One for each text, in their order.")
+
+
+# Images
+
+
+MAX_IMAGES = 10
+MAX_PARTIAL_IMAGES = 3
+MAX_IMAGE_PROMPT_CHARS = 32_000
+# The web UI's own limits.
+MAX_IMAGE_STEPS = 150
+MAX_IMAGE_SEED = 2**32 - 1
+MIN_IMAGE_SIDE = 64
+MAX_IMAGE_SIDE = 4096
+MAX_IMAGE_PIXELS = 3840 * 2160
+IMAGE_SIDE_STEP = 8
+
+# As REFUSED_FIELDS.
+REFUSED_IMAGE_FIELDS: Mapping[str, tuple[Any, ...]] = {
+    "style": ("vivid",),
+    "input_fidelity": ("low",),
+    "complexity": (),
+    "frame_count": (),
+    "frame_duration_ms": (),
+    "markup": (),
+    "svg": (),
+}
+
+
+def _check_image_size(size: str) -> str:
+    if size == "auto":
+        return size
+    found = re.fullmatch(r"([0-9]{2,4})x([0-9]{2,4})", size)
+    sides = tuple(map(int, found.groups())) if found else ()
+    is_right = (
+        sides
+        and all(MIN_IMAGE_SIDE <= side <= MAX_IMAGE_SIDE for side in sides)
+        and not any(side % IMAGE_SIDE_STEP for side in sides)
+        and sides[0] * sides[1] <= MAX_IMAGE_PIXELS
+    )
+    if not is_right:
+        raise PydanticCustomError(
+            "image_size",
+            "Input should be auto or WIDTHxHEIGHT, as in 1024x1024, each of them a multiple of "
+            "{step} from {low} to {high}, with at most {most} pixels in all",
+            {
+                "step": IMAGE_SIDE_STEP,
+                "low": MIN_IMAGE_SIDE,
+                "high": MAX_IMAGE_SIDE,
+                "most": MAX_IMAGE_PIXELS,
+            },
+        )
+    return size
+
+
+def _check_upload(value: Any) -> UploadFile:
+    if not isinstance(value, UploadFile):
+        raise PydanticCustomError("upload", "Input should be a file, not a text")
+    return value
+
+
+def _check_only_upload(values: list[Any]) -> list[UploadFile]:
+    if len(values) > 1:
+        raise PydanticCustomError("uploads", "Only one image can be edited at a time")
+    return [_check_upload(value) for value in values]
+
+
+ImagePrompt = Annotated[str, Field(max_length=MAX_IMAGE_PROMPT_CHARS)]
+ImageSize = Annotated[str, AfterValidator(_check_image_size)]
+NumImages = Annotated[int, Field(ge=1, le=MAX_IMAGES), BeforeValidator(_to_int)]
+ImageStrength = Annotated[float, Field(ge=0.01, le=1)]
+UploadField = Annotated[Any, WithJsonSchema({"type": "string", "format": "binary"})]
+Upload = Annotated[UploadField, AfterValidator(_check_upload)]
+
+
+class ImageOptions(WireModel):
+    """What all requests for images may say."""
+
+    prompt: ImagePrompt = Field(
+        default="", description="What should be in the images, if you like."
+    )
+    n: NumImages = Field(default=1, description="How many images to make.")
+    size: ImageSize = Field(
+        default="auto",
+        description="WIDTHxHEIGHT in pixels, both multiples of 8. auto: 1024x1024, or what the "
+        "pipeline on this machine has learnt; of an image that is sent, its own, scaled down to as "
+        "many pixels.",
+    )
+    response_format: Literal["url", "b64_json"] | None = Field(
+        default=None,
+        description="url: a data: URL, which holds the image itself. b64_json: the file in base64. "
+        "null: url, but b64_json where `model` is one of OpenAI's GPT image models.",
+    )
+    output_format: Literal["png", "jpeg", "webp"] = Field(
+        default="png", description="The file format of the images."
+    )
+    output_compression: Annotated[int, Field(ge=0, le=100), BeforeValidator(_to_int)] = Field(
+        default=100, description="The quality of JPEG and WebP: 100 is the best."
+    )
+    quality: Literal["auto", "standard", "hd", "low", "medium", "high", "xhigh", "max"] = Field(
+        default="auto",
+        description="How many steps to take, if `steps` does not say it: half as many as usual for "
+        "low, 1.5 times for high and hd, twice for xhigh, three times for max.",
+    )
+    background: Literal["auto", "opaque"] = Field(
+        default="auto", description="Images are always opaque."
+    )
+    negative_prompt: ImagePrompt = Field(
+        default="", description="What should not be in the images."
+    )
+    steps: Annotated[int, Field(ge=1, le=MAX_IMAGE_STEPS), BeforeValidator(_to_int)] | None = Field(
+        default=None,
+        description="How many steps to take. null: 30, or what the pipeline on this machine takes.",
+    )
+    seed: Annotated[int, Field(ge=-1, le=MAX_IMAGE_SEED), BeforeValidator(_to_int)] = Field(
+        default=-1,
+        description="The same seed gives the same image; the next image has the next seed. -1: a "
+        "random one.",
+    )
+    sampler_name: Name | None = Field(
+        default=None,
+        validation_alias=AliasChoices("sampler_name", "sampler"),
+        description="A sampler as the web UI calls it, such as `Euler a`. Also taken as "
+        "`sampler`. null: DPM++ 2M Karras, or the pipeline's own.",
+    )
+    cfg_scale: Annotated[float, Field(ge=0, le=100)] | None = Field(
+        default=None,
+        validation_alias=AliasChoices("cfg_scale", "guidance_scale"),
+        description="How closely to follow the prompt. Also taken as `guidance_scale`. null: 7, or "
+        "the pipeline's own.",
+    )
+    model: str | None = Field(
+        default=None, description="Any name; it only decides about `response_format`."
+    )
+    user: str | None = Field(default=None, description="Accepted and not used.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_is_not_supported(cls, data: Any) -> Any:
+        for name, neutral_values in REFUSED_IMAGE_FIELDS.items():
+            value = data.get(name) if isinstance(data, dict) else None
+            if value is not None and not _is_neutral(value, neutral_values):
+                _refuse(name, "This field is not supported; leave it out", value)
+        return data
+
+    @model_validator(mode="after")
+    def _check_compression(self) -> Self:
+        if self.output_format == "png" and self.output_compression != 100:
+            message = "Only jpeg and webp can be smaller than they are"
+            _refuse("output_compression", message, self.output_compression)
+        return self
+
+
+class StreamedImageOptions(ImageOptions):
+    """Those of which the image can be seen while it is made."""
+
+    prompt: Annotated[str, Field(min_length=1, max_length=MAX_IMAGE_PROMPT_CHARS)] = Field(
+        description="What should be in the images."
+    )
+    stream: bool = Field(
+        default=False,
+        description="Send each image when it is done, as a server-sent event, always in base64.",
+    )
+    partial_images: Annotated[int, Field(ge=0, le=MAX_PARTIAL_IMAGES), BeforeValidator(_to_int)] = (
+        Field(
+            default=0,
+            description="With `stream`: show what the image is like so far, at most so many times.",
+        )
+    )
+
+
+class ImageGenerationRequest(StreamedImageOptions):
+    """Make images from words. Unknown fields are ignored, and null means the default."""
+
+    model_config = _example(
+        {"prompt": "A lighthouse at dusk, oil painting", "size": "512x512", "seed": 7}
+    )
+
+
+class ImageEditRequest(StreamedImageOptions):
+    """Change an image, or a part of it, by words. A form; unknown fields are ignored."""
+
+    # A form has nothing but text.
+    model_config = ConfigDict(strict=False)
+
+    image: Annotated[list[UploadField], AfterValidator(_check_only_upload)] = Field(
+        description="The image: PNG, JPEG or WebP. Without a mask, what is transparent in it is "
+        "made anew; where nothing is, all of it is changed."
+    )
+    mask: Upload | None = Field(
+        default=None,
+        description="An image of the same size, transparent where to edit. What is opaque stays.",
+    )
+    denoising_strength: ImageStrength | None = Field(
+        default=None,
+        validation_alias=AliasChoices("denoising_strength", "strength"),
+        description="How far to go from the image. Also taken as `strength`. null: 0.75, 1 where "
+        "a part is edited, and 0.6 for variations.",
+    )
+
+
+class ImageVariationRequest(ImageOptions):
+    """Make images like another one. A form; unknown fields are ignored."""
+
+    model_config = ConfigDict(strict=False)
+
+    image: Upload = Field(description="The image: PNG, JPEG or WebP.")
+    denoising_strength: ImageStrength | None = Field(
+        default=None,
+        validation_alias=AliasChoices("denoising_strength", "strength"),
+        description="How far to go from the image. Also taken as `strength`. null: 0.6.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_streams(cls, data: Any) -> Any:
+        stream = data.get("stream") if isinstance(data, dict) else None
+        if stream not in (None, "false", "0"):
+            _refuse("stream", "Variations cannot be streamed", stream)
+        return data
+
+
+class Image(BaseModel):
+    """Either `url` or `b64_json`."""
+
+    url: str | None = Field(default=None, description="A data: URL.")
+    b64_json: str | None = Field(default=None, description="The file in base64.")
+    revised_prompt: str | None = Field(
+        default=None, description="What styles of the web UI have made of the prompt, if anything."
+    )
+
+
+class ImageList(BaseModel):
+    created: int = Field(description="Seconds since 1970.")
+    background: Literal["opaque"]
+    data: list[Image]
+    output_format: Literal["png", "jpeg", "webp"]
+    size: str = Field(description="WIDTHxHEIGHT.")
 
 
 # Older programs

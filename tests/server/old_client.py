@@ -59,6 +59,22 @@ def chat_streamed():
     return list(chunks)
 
 
+def embed():
+    texts = ["The cat sits outside.", "A kitten is in the garden."]
+    return openai.Embedding.create(model="text-embedding-ada-002", input=texts)
+
+
+def embed_by_engine():
+    return openai.Engine("any").embeddings(input="The cat sits outside.")
+
+
+def search():
+    """As `Engine.search` of still older clients, which this one has no more."""
+    engine = openai.Engine("davinci")
+    params = {"documents": ["White House", "hospital", "school"], "query": "the president"}
+    return engine.request("post", f"{engine.instance_url()}/search", params)
+
+
 def moderate():
     return openai.Moderation.create(["I will kill you.", "What a lovely day."])
 
@@ -66,6 +82,24 @@ def moderate():
 def edit():
     try:
         openai.Edit.create(model="any", instruction="Correct it.", input="teh")
+    except openai.error.OpenAIError as error:
+        return {"status": error.http_status, "message": str(error)}
+    return None
+
+
+def keep_file():
+    file = openai.File.create(
+        file=b'{"text": "kept"}', purpose="fine-tune", user_provided_filename="kept.jsonl"
+    )
+    listed = openai.File.list()
+    content = openai.File.download(file.id).decode()
+    deleted = openai.File.delete(file.id)
+    return {"created": file, "listed": listed, "content": content, "deleted": deleted}
+
+
+def fine_tune():
+    try:
+        openai.FineTune.create(training_file="file-1")
     except openai.error.OpenAIError as error:
         return {"status": error.http_status, "message": str(error)}
     return None
@@ -81,8 +115,13 @@ CALLS = {
     "Completion.create(engine)": complete_by_engine,
     "ChatCompletion.create": chat,
     "ChatCompletion.create(stream)": chat_streamed,
+    "Embedding.create": embed,
+    "Engine.embeddings": embed_by_engine,
+    "search": search,
     "Moderation.create": moderate,
     "Edit.create": edit,
+    "File": keep_file,
+    "FineTune.create": fine_tune,
 }
 
 

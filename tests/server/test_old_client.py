@@ -81,6 +81,21 @@ def test_chats(results: Results) -> None:
     assert "".join(delta.get("content", "") for delta in deltas)
 
 
+def test_embeddings(results: Results) -> None:
+    """The client asks for base64, and has made numbers of it."""
+    cat, kitten = (item["embedding"] for item in results["Embedding.create"]["data"])
+    assert len(cat) == len(kitten) == 384
+    assert sum(a * b for a, b in zip(cat, kitten, strict=True)) > 0.4
+    (alone,) = results["Engine.embeddings"]["data"]
+    assert alone["embedding"] == pytest.approx(cat, abs=1e-5)
+
+
+def test_searches(results: Results) -> None:
+    ranked = results["search"]["data"]
+    assert [item["document"] for item in ranked][0] == 0
+    assert [item["score"] for item in ranked] == sorted([i["score"] for i in ranked], reverse=True)
+
+
 def test_moderations(results: Results) -> None:
     threat, harmless = results["Moderation.create"]["results"]
     assert threat["flagged"] is True
@@ -92,3 +107,18 @@ def test_edits_are_gone(results: Results) -> None:
     edit = results["Edit.create"]
     assert edit["status"] == 410
     assert "/v1/chat/completions" in edit["message"]
+
+
+def test_files(results: Results) -> None:
+    files = results["File"]
+    created = files["created"]
+    assert (created["filename"], created["purpose"]) == ("kept.jsonl", "fine-tune")
+    assert created["id"] in [file["id"] for file in files["listed"]["data"]]
+    assert files["content"] == '{"text": "kept"}'
+    assert files["deleted"] == {"id": created["id"], "object": "file", "deleted": True}
+
+
+def test_nothing_is_fine_tuned(results: Results) -> None:
+    answer = results["FineTune.create"]
+    assert answer["status"] == 400
+    assert "trains no models" in answer["message"]

@@ -41,18 +41,31 @@ def test_every_block_has_a_test_below() -> None:
     assert len(known) == len(BLOCKS)
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where all of them run, one after the other: some need the files of those before."""
+    return tmp_path_factory.mktemp("readme")
+
+
 @pytest.mark.parametrize("block", blocks("bash", "curl"))
-def test_curl(server: Server, block: str) -> None:
+def test_curl(server: Server, folder: Path, block: str) -> None:
     command = block.replace(DOCUMENTED_URL, server.url)
     result = subprocess.run(
-        ["bash", "-c", command], capture_output=True, text=True, timeout=300, check=True
+        ["bash", "-c", command],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+        cwd=folder,
     )
-    if '"stream": true' in block:
+    if written := re.search(r"> (\S+\.png)$", block.strip()):
+        assert (folder / written[1]).read_bytes().startswith(b"\x89PNG")
+    elif '"stream": true' in block:
         *events, done = re.findall(r"^data: (.*)$", result.stdout, re.MULTILINE)
         assert done == "[DONE]"
         deltas = [json.loads(event)["choices"][0]["delta"] for event in events]
         assert "".join(delta.get("content", "") for delta in deltas).strip()
-    elif "/completions" not in block:
+    elif not re.match(r"curl \S+/completions", block):
         answer = json.loads(result.stdout)
         assert answer and "error" not in answer
     else:
