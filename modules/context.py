@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from modules.embeddings import Embedder
+from modules.images import Images
+from modules.moderation import Moderator
+from modules.reranking import Reranker
 from modules.settings import Settings
 from modules.speech import SpeechSynthesizer
+from modules.storage import Storage
 from modules.transcription import Transcriber
 
 if TYPE_CHECKING:  # names only: the web framework is not for this layer, and torch loads slowly
@@ -22,25 +28,44 @@ class Context:
     models: ModelManager
     app: FastAPI
     extensions: Extensions
+    embeddings: Embedder
+    reranker: Reranker
+    moderation: Moderator
+    images: Images
     transcriber: Transcriber
     speech: SpeechSynthesizer
+    storage: Storage
+    services: list[Callable[[], Awaitable[None]]] = field(default_factory=list)
+    """Coroutine functions that run beside the requests, until they are cancelled: from when the
+    server can be reached until it shuts down. An extension's `setup` may add some."""
 
     def close(self) -> None:
         """Let everything go; what is still at work fails with a typed error."""
+        self.moderation.close()
+        self.embeddings.close()
+        self.reranker.close()
+        self.images.close()
+        self.models.unload()
         self.transcriber.close()
         self.speech.close()
-        self.models.unload()
+        self.storage.close()
 
 
 def build_context(
     settings: Settings, models: ModelManager, app: FastAPI, extensions: Extensions
 ) -> Context:
     """With all capabilities, none of which has loaded anything yet."""
+    embeddings = Embedder(settings)
     return Context(
         settings,
         models,
         app,
         extensions,
+        embeddings=embeddings,
+        reranker=Reranker(settings, embeddings),
+        moderation=Moderator(settings, embeddings),
+        images=Images(settings),
         transcriber=Transcriber(settings),
         speech=SpeechSynthesizer(settings),
+        storage=Storage(settings),
     )

@@ -5,6 +5,7 @@ ServerError
 ├── ExtensionError                   an extension cannot be found, imported or set up
 │   └── HookError                    one of its hooks has failed, in a request
 ├── TunnelError                      the public URL cannot be had
+├── DownloadError                    a model cannot be downloaded from the hub
 ├── ModelError
 │   ├── ModelNotFoundError           no folder, file, package or hub entry has that name
 │   ├── ModelLoadError               it is there, and cannot be loaded
@@ -15,6 +16,9 @@ ServerError
 │   ├── NotConfiguredError           a setting has to be made first
 │   └── BackendError                 the other program that does the work cannot be used
 ├── InvalidRequestError              what the client asked for makes no sense; names the field
+│   ├── NotSupportedError            this server does not do such a thing at all
+│   ├── ObjectNotFoundError          no such file or batch
+│   ├── StorageFullError             the quota leaves no room for it
 │   ├── ContextLengthExceededError   the prompt does not fit into the model's context
 │   ├── DataFileNotFoundError        no such character, template, preset or grammar
 │   └── TemplateError                a chat template does not compile, or refuses the messages
@@ -47,6 +51,10 @@ class HookError(ExtensionError):
 
 
 class TunnelError(ServerError):
+    pass
+
+
+class DownloadError(ServerError):
     pass
 
 
@@ -99,6 +107,24 @@ class InvalidRequestError(ServerError):
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
         self.param = param
+
+
+class NotSupportedError(InvalidRequestError):
+    pass
+
+
+class ObjectNotFoundError(InvalidRequestError):
+    def __init__(self, kind: str, object_id: str) -> None:
+        super().__init__(f"There is no {kind} {object_id[:100]!r}.", f"{kind}_id")
+
+
+class StorageFullError(InvalidRequestError):
+    def __init__(self, num_bytes: int, num_free_bytes: int) -> None:
+        super().__init__(
+            f"There is no room for {num_bytes} bytes: of the quota for files and results of "
+            f"batches, {num_free_bytes} are left. Delete some, or raise openai-storage_quota.",
+            "file",
+        )
 
 
 class ContextLengthExceededError(InvalidRequestError):

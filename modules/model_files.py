@@ -29,6 +29,9 @@ from modules.settings import Settings
 # What the hub's repositories hold that transformers can load, and what it needs beside the weights.
 HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 TOKENIZER_PATTERNS = ("tokenizer.json", "*.model", "vocab.*")
+# What makes a folder a model. The second one is sentence-transformers', and lists its parts, of
+# which some are in folders of their own.
+MODEL_FILES = ("config.json", "modules.json")
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 # The first base is that of the hub's HTTP library, which changes its name between versions.
 _HUB_FAULTS: tuple[type[BaseException], ...] = (
@@ -45,6 +48,9 @@ class ModelKind(Enum):
 
     TEXT = auto()
     EMBEDDING = auto()
+    SCORE = auto()
+    """Of two texts: a cross-encoder."""
+    CLASSIFICATION = auto()
     TRANSCRIPTION = auto()
     VOICE = auto()
 
@@ -67,6 +73,8 @@ BUNDLED_MODELS = {
     ),
 }
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+# Who publishes the models of a kind that are called by a short name.
+HUB_OWNERS = {ModelKind.EMBEDDING: "sentence-transformers", ModelKind.SCORE: "cross-encoder"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +85,14 @@ class FoundModel:
     """A folder in transformers' format or a .gguf file."""
 
 
-def list_models(model_dir: Path) -> list[str]:
+def list_models(model_dir: Path, kind: ModelKind = ModelKind.TEXT) -> list[str]:
     """Names of the bundled models that are installed, and of what `model_dir` holds.
 
-    There a folder in transformers' format is a model, as are a .gguf file (without its suffix) and
-    a folder with one of them. Several in one folder are several models: `folder/file`.
+    There a folder in transformers' format is a model, of whichever kind, as are a .gguf file
+    (without its suffix) and a folder with one of them. Several in one folder are several models:
+    `folder/file`.
     """
-    names = {name for name in _bundled_names() if find_bundled(name)}
+    names = {name for name in _bundled_names(kind) if find_bundled(name, kind)}
     for path in model_dir.iterdir() if model_dir.is_dir() else ():
         if path.suffix == ".gguf" and path.is_file():
             names.add(path.stem)
@@ -92,33 +101,45 @@ def list_models(model_dir: Path) -> list[str]:
     return sorted(names, key=str.lower)
 
 
-def find_model(name: str, settings: Settings) -> FoundModel:
+def find_model(name: str, settings: Settings, kind: ModelKind = ModelKind.TEXT) -> FoundModel:
     """Look for a model in `model_dir`, as a path, bundled, in the hub's cache and on the hub.
 
-    The case of letters only matters where names differ in nothing else.
+    The case of letters only matters where names differ in nothing else. For a kind of HUB_OWNERS,
+    the owner may be left out of the name, or be there though the model is not the hub's.
 
     Raises: ModelNotFoundError, which says where it was looked for; ModelLoadError if what has that
     name is no model.
     """
-    listed = (*list_models(settings.model_dir), *_bundled_names())
-    known = {each.lower(): each for each in listed}
     finders: tuple[Callable[[str], FoundModel | None], ...] = (
         lambda name: _find_local(name, settings.model_dir),
-        lambda name: _to_found(name, find_bundled(name)),
+        lambda name: _to_found(name, find_bundled(name, kind)),
         lambda name: _find_in_hub_cache(name, settings),
     )
-    for candidate in dict.fromkeys((name, known.get(name.lower(), name))):
+    for candidate in _spellings(name, settings, kind):
         for find in finders:
             if found := find(candidate):
                 return found
-        if candidate in _bundled_names():
+        if candidate in _bundled_names(kind):
             raise ModelNotFoundError(f"{candidate} is not installed. {how_to_get_bundled()}")
     _refuse_folder(name, settings.model_dir)
     if name.startswith((".", "~", "/", "\\")) or Path(name).is_absolute():
         raise ModelNotFoundError(f"There is no file or folder {name}.")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.endswith(".gguf"):
-        return _download(name, settings)
-    raise _not_found(name, settings, "not bundled, and not in the local hub cache")
+    hub_name = f"{HUB_OWNERS[kind]}/{name}" if kind in HUB_OWNERS and "/" not in name else name
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", hub_name) and not name.endswith(".gguf"):
+        return _download(hub_name, settings, kind)
+    raise _not_found(name, settings, "not bundled, and not in the local hub cache", kind)
+
+
+def _spellings(name: str, settings: Settings, kind: ModelKind) -> tuple[str, ...]:
+    """What a model of that name may be called, the likeliest first."""
+    listed = (*list_models(settings.model_dir, kind), *_bundled_names(kind))
+    known = {each.lower(): each for each in listed}
+    names = [name, known.get(name.lower(), name)]
+    if owner := HUB_OWNERS.get(kind):
+        short = name.removeprefix(f"{owner}/")
+        names += [short, known.get(short.lower(), short)]
+        names += [f"{owner}/{name}"] if name and "/" not in name else []
+    return tuple(dict.fromkeys(names))
 
 
 def how_to_get_bundled() -> str:
@@ -141,7 +162,7 @@ def _find_local(name: str, model_dir: Path) -> FoundModel | None:
 def _model_at(path: Path) -> Path | None:
     if path.suffix == ".gguf" and path.is_file():
         return path
-    if (path / "config.json").is_file():
+    if any((path / name).is_file() for name in MODEL_FILES):
         return path
     files = _gguf_files(path)
     return files[0] if len(files) == 1 else None
@@ -185,14 +206,14 @@ def find_bundled(name: str, kind: ModelKind = ModelKind.TEXT) -> Path | None:
     return path if path.exists() else None
 
 
-def _bundled_names() -> list[str]:
-    """Of those that make text, installed or not."""
-    return [name for name, model in BUNDLED_MODELS.items() if model.kind is ModelKind.TEXT]
+def _bundled_names(kind: ModelKind) -> list[str]:
+    """Installed or not."""
+    return [name for name, model in BUNDLED_MODELS.items() if model.kind is kind]
 
 
-def _not_found(name: str, settings: Settings, reason: str) -> ModelNotFoundError:
-    names = list_models(settings.model_dir)
-    by_lower = {known.lower(): known for known in (*names, *_bundled_names())}
+def _not_found(name: str, settings: Settings, reason: str, kind: ModelKind) -> ModelNotFoundError:
+    names = list_models(settings.model_dir, kind)
+    by_lower = {known.lower(): known for known in (*names, *_bundled_names(kind))}
     close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
     hint = f" Did you mean {by_lower[close[0]]}?" if close else ""
     return ModelNotFoundError(
@@ -206,16 +227,16 @@ def _not_found(name: str, settings: Settings, reason: str) -> ModelNotFoundError
 
 def _find_in_hub_cache(name: str, settings: Settings) -> FoundModel | None:
     try:
-        config = huggingface_hub.try_to_load_from_cache(name, "config.json")
+        files = [huggingface_hub.try_to_load_from_cache(name, each) for each in MODEL_FILES]
     except ValueError:  # no name that the hub could have
         return None
-    if not isinstance(config, str):
-        return None
-    folder = Path(config).parent
-    return FoundModel(name, folder) if _is_complete(folder, settings) else None
+    for file in files:
+        if isinstance(file, str) and _is_complete(Path(file).parent, settings):
+            return FoundModel(name, Path(file).parent)
+    return None
 
 
-def _download(name: str, settings: Settings) -> FoundModel:
+def _download(name: str, settings: Settings, kind: ModelKind) -> FoundModel:
     """What is there already of an interrupted download is not fetched again."""
     # Code is only fetched to be run.
     patterns = [*HUB_PATTERNS, *(["*.py"] if settings.trust_remote_code else [])]
@@ -223,7 +244,7 @@ def _download(name: str, settings: Settings) -> FoundModel:
         folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
     except _HUB_FAULTS as error:
         reason = f"not bundled, not in the local hub cache, and {_hub_reason(error)}"
-        raise _not_found(name, settings, reason) from error
+        raise _not_found(name, settings, reason, kind) from error
     if not _is_complete(folder, settings):
         # Where the hub cannot be reached, it hands out what it has.
         raise ModelLoadError(
@@ -250,12 +271,31 @@ def _hub_reason(error: BaseException) -> str:
 
 def _is_complete(folder: Path, settings: Settings) -> bool:
     """Whether a snapshot holds a model: an interrupted download leaves some of its files."""
+    parts = _parts_of(folder)
+    main = parts[0]
     return (
-        (folder / "config.json").is_file()
-        and any(path.is_file() for glob in TOKENIZER_PATTERNS for path in folder.glob(glob))
-        and any(_has_weights(folder, name) for name in WEIGHT_FILES)
-        and not (settings.trust_remote_code and _lacks_code(folder))
+        any((folder / name).is_file() for name in MODEL_FILES)
+        and any(path.is_file() for glob in TOKENIZER_PATTERNS for path in main.glob(glob))
+        and any(_has_weights(main, name) for name in WEIGHT_FILES)
+        and all((part / "config.json").is_file() for part in parts[1:])
+        and not (settings.trust_remote_code and _lacks_code(main))
     )
+
+
+def _parts_of(folder: Path) -> list[Path]:
+    """Of a model of sentence-transformers the folders that cannot be empty, the main one first; of
+    any other itself.
+    """
+    try:
+        modules = json.loads((folder / "modules.json").read_bytes())
+        parts = [
+            folder / module["path"]
+            for module in modules
+            if not module["type"].endswith(".Normalize")  # has nothing to write down
+        ]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        parts = []
+    return parts or [folder]
 
 
 def _has_weights(folder: Path, name: str) -> bool:

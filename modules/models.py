@@ -169,7 +169,7 @@ class ModelManager:
 def load_model(name: str, settings: Settings) -> LoadedModel:
     """Find `name`, load it and start its engine. Raises: ModelNotFoundError, ModelLoadError."""
     found = find_model(name, settings)
-    with _blame(found):
+    with blame(found):
         return _run_in_own_thread(partial(_load, found, settings))
 
 
@@ -188,7 +188,7 @@ def _run_in_own_thread(load: Callable[[], LoadedModel]) -> LoadedModel:
 
 def _load(found: FoundModel, settings: Settings) -> LoadedModel:
     device = "cuda" if torch.cuda.is_available() and not settings.cpu else "cpu"
-    folder = _convert(found.path, settings)
+    folder = to_folder(found.path, settings)
     tokenizer = _load_tokenizer(folder, settings, is_converted=folder != found.path)
     model = _load_weights(folder, settings, device)
     wished_model_len = _wished_model_len(model.config, tokenizer, settings)
@@ -277,7 +277,7 @@ def _vocab_size(model: PreTrainedModel) -> int:
 
 
 @contextmanager
-def _blame(found: FoundModel) -> Iterator[None]:
+def blame(found: FoundModel) -> Iterator[None]:
     """Whatever the files of a model make a library raise becomes one line that names them."""
     try:
         yield
@@ -297,7 +297,7 @@ def _first_line(error: BaseException) -> str:
     return ": ".join([type(error).__name__, *lines[:1]])
 
 
-def _convert(path: Path, settings: Settings) -> Path:
+def to_folder(path: Path, settings: Settings) -> Path:
     """The folder of a model in transformers' format."""
     if path.is_dir():
         return path

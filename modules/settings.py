@@ -14,6 +14,7 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType, NoneType, UnionType
 from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin
+from urllib.parse import urlsplit
 
 import yaml
 
@@ -200,6 +201,17 @@ class Settings:
         env="SD_WEBUI_URL",
         flag=False,
     )
+    sd_base_model_size: int = setting(
+        API,
+        512,
+        "Width of the pictures that the web UI's model has learnt from: 512, or 1024 for SDXL. "
+        "Larger ones are made so large and scaled up.",
+        key="openai-sd_base_model_size",
+        env="SD_BASE_MODEL_SIZE",
+        flag=False,
+        minimum=64,
+        maximum=4096,
+    )
     image_model: Path | None = setting(
         API,
         None,
@@ -252,7 +264,7 @@ class Settings:
     )
     storage_quota: float = setting(
         API,
-        5,
+        5.0,
         "How much all uploaded files and results of batches may take, in GiB.",
         key="openai-storage_quota",
         flag=False,
@@ -596,10 +608,18 @@ def _check_tls(given: Mapping[str, Given]) -> None:
 
 def _check_url(given: Mapping[str, Given]) -> None:
     url = given.get("sd_webui_url", Given(None, ""))
-    if url.value and not url.value.startswith(("http://", "https://")):
+    if url.value and not _is_address(url.value):
         raise SettingsError(
             f"{url.source}: expected an address that begins with http:// or https://"
         )
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, half of an IPv6 address
+        return False
 
 
 def _extensions(values: Mapping[str, Any]) -> tuple[str, ...]:

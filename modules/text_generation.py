@@ -60,6 +60,8 @@ class TextRequest:
     negative_prompt: str | None = None
     """What `params.guidance_scale` leads away from; empty: the prompt's last token."""
     search: SearchOptions | None = None
+    is_background: bool = False
+    """Nobody waits for it: it goes on only while nothing else is there to be generated."""
     max_tokens_per_second: int = 0
     """Of each choice; 0: as fast as they come."""
     prompt_param: str = "prompt"
@@ -326,6 +328,7 @@ def _build_choices(
                 params,
                 negative_prompt_token_ids=prompt.negative_token_ids,
                 logits_processors=processors[choice_index] if processors else (),
+                is_background=request.is_background,
             )
             choices[request_id] = _Choice(index, sequence, detokenizer, prompt.num_repeated_chars)
     return choices

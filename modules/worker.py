@@ -14,7 +14,7 @@ import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from typing import Generic, TypeVar
 
 from modules.errors import CapabilityError
@@ -39,6 +39,7 @@ class Worker(Generic[Resource]):
         self._lock = threading.Lock()
         self._is_running = False
         self._is_closed = False
+        self._thread: threading.Thread | None = None
 
     def submit(self, work: Callable[[Resource], Result]) -> Future[Result]:
         """Have `work` done. The future raises what `load` and `work` raise.
@@ -61,7 +62,8 @@ class Worker(Generic[Resource]):
             self._jobs.append(job)
             if not self._is_running:
                 self._is_running = True
-                threading.Thread(target=self._run, name=self._name, daemon=True).start()
+                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                self._thread.start()
         return future
 
     async def run(self, work: Callable[[Resource], Result]) -> Result:
@@ -72,34 +74,41 @@ class Worker(Generic[Resource]):
         self, work: Callable[[Resource], Iterator[Result]]
     ) -> AsyncGenerator[Result, None]:
         """What `work` yields, as soon as it is there. Closing this ends it at its next item."""
-        loop = asyncio.get_running_loop()
-        inbox: asyncio.Queue[Result | None] = asyncio.Queue()
-        is_closed = threading.Event()
 
-        def put(item: Result | None) -> None:
-            with suppress(RuntimeError):  # a loop that is closed has nobody left to tell
-                loop.call_soon_threadsafe(inbox.put_nowait, item)
-
-        def produce(resource: Resource) -> None:
+        def put_all(resource: Resource, outlet: Outlet[Result]) -> None:
             for item in work(resource):
-                if is_closed.is_set():
-                    return
-                put(item)
+                outlet.put(item)
 
-        future = self.submit(produce)
-        future.add_done_callback(lambda _: put(None))
+        async with aclosing(self.stream_from(put_all)) as items:
+            async for item in items:
+                yield item
+
+    async def stream_from(
+        self, work: Callable[[Resource, Outlet[Result]], None]
+    ) -> AsyncGenerator[Result, None]:
+        """As `stream`, for work that is called back and cannot yield."""
+        outlet: Outlet[Result] = Outlet()
+        future = self.submit(lambda resource: work(resource, outlet))
+        future.add_done_callback(lambda _: outlet.end())
         try:
-            while (item := await inbox.get()) is not None:
+            while (item := await outlet.take()) is not None:
                 yield item
             future.result()  # raises what has ended it
         finally:
-            is_closed.set()
+            outlet.close()
             future.cancel()
 
-    def close(self) -> None:
-        """Refuse new jobs and leave out those that wait; the one that runs goes on to its end."""
+    def close(self, wait_seconds: float = 0) -> None:
+        """Refuse new jobs and leave out those that wait; the one that runs goes on to its end.
+
+        Waiting for that is for jobs that end soon: some libraries abort a process that exits while
+        one of its threads is in their code.
+        """
         with self._lock:
             self._is_closed = True
+            thread = self._thread
+        if thread is not None and wait_seconds:
+            thread.join(wait_seconds)
 
     def _get_resource(self) -> Resource:
         if self._is_closed:
@@ -117,6 +126,47 @@ class Worker(Generic[Resource]):
                     return
                 job = self._jobs.popleft()
             job()
+
+
+class Outlet(Generic[Result]):
+    """Where work puts what it makes: from its own thread, for one that waits on the event loop."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._inbox: asyncio.Queue[Result | None] = asyncio.Queue()
+        self._is_closed = threading.Event()
+
+    # In the worker's thread
+
+    def check(self) -> None:
+        """Raises OutletClosedError, which the work should let pass, if nobody waits any more."""
+        if self._is_closed.is_set():
+            raise OutletClosedError
+
+    def put(self, item: Result) -> None:
+        """Raises what `check` raises."""
+        self.check()
+        self._hand_over(item)
+
+    def end(self) -> None:
+        self._hand_over(None)
+
+    def _hand_over(self, item: Result | None) -> None:
+        with suppress(RuntimeError):  # a loop that is closed has nobody left to tell
+            self._loop.call_soon_threadsafe(self._inbox.put_nowait, item)
+
+    # On the event loop
+
+    async def take(self) -> Result | None:
+        """None: there is no more."""
+        return await self._inbox.get()
+
+    def close(self) -> None:
+        self._is_closed.set()
+
+
+class OutletClosedError(Exception):
+    """Ends work whose results nobody waits for."""
 
 
 def lower_priority() -> None:

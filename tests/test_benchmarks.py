@@ -99,6 +99,15 @@ def test_serve_with_a_server_that_it_starts(folder: Path, tmp_path: Path) -> Non
     assert values["resident at the end (MB)"]["ours"]
 
 
+def test_embeddings(folder: Path, tmp_path: Path) -> None:
+    sizes = ("--texts", 8, "--words", 1, 5, "--clients", 2, "--per-request", 1, 4)
+    others = ("--model", folder, "--rounds", 1, "--streams", 1, "--tokens", 8)
+    values = report(tmp_path / "out.json", "embeddings.py", *sizes, *others)
+    assert set(values["2 clients, 4 per request: texts/s"]) == {"ours", "encode"}
+    assert values["1 stream beside embeddings: longest gap (ms)"]["ours"]
+    assert values["1 stream: pace that is kept (%)"]["ours"]
+
+
 def test_serve_with_servers_that_run(app: FastAPI, serve: Serve, tmp_path: Path) -> None:
     with serve(app) as url:
         peer = f"other={url}/v1#any-name"

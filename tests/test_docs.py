@@ -16,6 +16,8 @@ from extensions.openai.typing import (
     ChatCompletionRequest,
     CompletionRequest,
     GenerationOptions,
+    ImageEditRequest,
+    ImageVariationRequest,
 )
 from modules.context import build_context
 from modules.extensions import FOLDER, load_extensions
@@ -70,6 +72,8 @@ def describe_values(schema: dict[str, Any]) -> str:
             return " or ".join(text for text in described if text)
         case {"type": "null"}:
             return ""
+        case {"format": "binary"} | {"items": {"format": "binary"}}:
+            return "file"
         case {"type": "array"}:
             return "list"
         case {"enum": values}:
@@ -116,6 +120,17 @@ def test_the_table_of_a_chats_fields_is_that_of_the_code() -> None:
     assert read_rows("Fields of a chat") == chat_rows()
 
 
+def image_rows() -> list[str]:
+    """Those of an edit, in the order of the code; a generation has some of them."""
+    properties = ImageEditRequest.model_json_schema()["properties"]
+    assert properties.keys() >= ImageVariationRequest.model_json_schema()["properties"].keys()
+    return [parameter_row(name, schema) for name, schema in properties.items()]
+
+
+def test_the_table_of_an_images_fields_is_that_of_the_code() -> None:
+    assert read_rows("Fields of an image") == image_rows()
+
+
 @pytest.fixture(scope="module")
 def routes() -> set[str]:
     settings = Settings(api=True, extensions=("openai",))
@@ -123,7 +138,7 @@ def routes() -> set[str]:
     extensions = load_extensions(settings)
     extensions.set_up(build_context(settings, ModelManager(settings), app, extensions))
     return {
-        f"{method.upper()} {path.replace('{model_id}', '{id}')}"
+        f"{method.upper()} {re.sub(r'{[a-z_]+}', '{id}', path)}"
         for path, methods in app.openapi()["paths"].items()
         for method in methods
     }

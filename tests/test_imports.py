@@ -12,6 +12,7 @@ from modules.settings import PROJECT_ROOT
 # The first pattern that fits a module decides its layer.
 LAYERS = (
     ("server", 5),
+    ("download-model", 5),
     ("extensions.openai.typing", 0),
     ("extensions.", 4),
     ("modules.errors", 0),
@@ -31,20 +32,29 @@ LAYERS = (
 # Modules of one layer that work together.
 SAME_LAYER_IS_FINE = {1, 2, 3, 4}
 LIBRARIES = {
-    "fastapi": {0, 4, 5},
+    "fastapi": {4, 5},
     "sse_starlette": {4, 5},
     "uvicorn": {5},
     "pydantic": {0, 4},
     "torch": {2, 3},
     "transformers": {2, 3},
 }
-TORCH_FREE = ("modules/engine/scheduler.py", "modules/engine/cache_manager.py")
+TORCH_FREE = (
+    "modules/engine/scheduler.py",
+    "modules/engine/cache_manager.py",
+    "modules/batch_queue.py",
+)
 ASYNCIO = (
     "modules/engine/async_engine.py",
     "modules/text_generation.py",
     "modules/extended_generation.py",
     "modules/written_replies.py",
     "modules/worker.py",
+    "modules/storage.py",
+    "modules/batch_worker.py",
+    "modules/moderation.py",
+    "modules/images.py",
+    "modules/sd_webui.py",
     "modules/speech.py",
     "modules/transcription.py",
     "extensions/",

@@ -213,6 +213,20 @@ def test_environment_of_another_python_is_made_again(project, stamp):
     assert "create virtual environments" in run.output
 
 
+def test_the_old_client_goes_into_a_folder_of_its_own(project):
+    add_package(project, "tiny-old", "tests/openai-0.28.txt", requires="absent")
+    run = start(project, "test")
+    assert "tests/openai-0.28.txt" in run.installed
+    assert (project / ".venv/openai-0.28/tiny_old.py").is_file()
+    assert "tiny-old" not in start(project).served["packages"]
+
+
+def test_download_passes_its_arguments_on(project, tmp_path):
+    (project / "download-model.py").write_text("import sys; print('download', sys.argv[1:])")
+    run = start(project, "download", "org/name", "--help", cwd=tmp_path)
+    assert "download ['org/name', '--help']" in run.output
+
+
 def test_exit_code_of_the_server_is_passed_on(project):
     assert start(project, "--fail").returncode == 3
 

@@ -47,12 +47,15 @@ def add_routes(router: APIRouter, context: Context) -> None:
         return await streaming.send(answer, request, body, context.settings)
 
 
-async def answer_chat(context: Context, body: ChatCompletionRequest) -> Answer:
+async def answer_chat(
+    context: Context, body: ChatCompletionRequest, is_background: bool = False
+) -> Answer:
     """Raises NoModelLoadedError, and what `prepare_chat` and `generate` raise."""
     model = context.models.current
     body = await asyncio.to_thread(fill_from_preset, body, PROJECT_ROOT)
     body, state, prompt = await prepare_chat(context, model, body)
     request = await asyncio.to_thread(_to_text_request, model, body, prompt)
+    request = replace(request, is_background=is_background)
     generation = await generate(model, request, context.extensions, state, is_chat=True)
     num_dropped = prompt.num_dropped_messages
     usage = UsageCounter(generation, body.n, num_dropped)

@@ -46,13 +46,16 @@ def add_routes(router: APIRouter, context: Context) -> None:
         return await streaming.send(answer, request, body, context.settings)
 
 
-async def answer_completion(context: Context, body: CompletionRequest) -> Answer:
+async def answer_completion(
+    context: Context, body: CompletionRequest, is_background: bool = False
+) -> Answer:
     """Raises what `generate` raises, and NoModelLoadedError."""
     model = context.models.current
     # In a thread: a file may have to be read, and the first search for tokens takes a while.
     body = await asyncio.to_thread(fill_from_preset, body, PROJECT_ROOT)
     body, state = await modify_state(context.extensions, body, model)
     request = await asyncio.to_thread(_to_text_request, model, body)
+    request = replace(request, is_background=is_background)
     generation = await generate(model, request, context.extensions, state)
     usage = UsageCounter(generation, body.num_candidates)
     deltas = usage.count()

@@ -17,15 +17,21 @@ from extensions.openai.responses import (
     Json,
     build_chat_chunk,
     build_chat_completion,
+    build_image,
+    build_image_event,
+    build_image_list,
+    build_image_usage,
     build_text_chunk,
     build_text_completion,
     build_usage,
 )
 from extensions.openai.streaming import DONE, to_frame
-from extensions.openai.typing import ChatCompletion, TextCompletion
+from extensions.openai.typing import ChatCompletion, ImageList, TextCompletion
 
 STATIC_PATH = "/docs/static"
 MODEL = "SmolLM2-135M-Instruct"
+# How a PNG begins, in base64.
+FILE = "iVBORw0KGgo..."
 
 Responses = dict[int | str, dict[str, Any]]
 
@@ -72,6 +78,30 @@ def describe_completion() -> Responses:
     ]
     whole = build_text_completion(envelope, [choice], build_usage(9, 5, 0))
     return _describe(TextCompletion, whole, chunks)
+
+
+def describe_images() -> Responses:
+    image = build_image({"url": f"data:image/png;base64,{FILE}"}, None)
+    whole = build_image_list([image], "png", "512x512")
+    return {200: {"model": ImageList, "content": {"application/json": {"example": whole}}}}
+
+
+def describe_image_stream(kind: str) -> Responses:
+    described = ("png", "512x512", "auto")
+    partial = {"partial_image_index": 0}
+    finished = {"usage": build_image_usage()}
+    events = [
+        build_image_event(f"{kind}.partial_image", FILE, *described, partial),
+        build_image_event(f"{kind}.completed", FILE, *described, finished),
+    ]
+    stream = "".join(f"event: {event['type']}\n{to_frame(event).decode()}" for event in events)
+    answer = describe_images()
+    answer[200]["description"] = "The answer; with `stream`, the images as server-sent events."
+    answer[200]["content"]["text/event-stream"] = {
+        "schema": {"type": "string"},
+        "example": stream,
+    }
+    return answer
 
 
 def _describe(model: type[BaseModel], whole: Json, chunks: list[Json]) -> Responses:

@@ -2,6 +2,7 @@
 
 import logging
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,9 @@ from modules.errors import (
     ModelNotFoundError,
     NoModelLoadedError,
     NotConfiguredError,
+    NotSupportedError,
+    ObjectNotFoundError,
+    StorageFullError,
 )
 
 logger = logging.getLogger(__name__)
@@ -48,6 +52,10 @@ INTERNAL_MESSAGE = "The server had an error while processing your request."
 # Looked up along the exception's MRO.
 ERROR_KINDS: dict[type[Exception], ErrorKind] = {
     InvalidRequestError: ErrorKind(400),
+    # Not 501: clients would try again.
+    NotSupportedError: ErrorKind(400, "not_supported"),
+    ObjectNotFoundError: ErrorKind(404),
+    StorageFullError: ErrorKind(413, "storage_quota_exceeded"),
     ContextLengthExceededError: ErrorKind(400, "context_length_exceeded"),
     ModelNotFoundError: ErrorKind(404, "model_not_found"),
     ModelLoadError: ErrorKind(500, "model_load_failed"),
@@ -66,6 +74,7 @@ HTTP_CODES: dict[int, str] = {
     401: "invalid_api_key",
     404: "unknown_url",
     405: "method_not_supported",
+    410: "endpoint_removed",
     413: "request_too_large",
 }
 
@@ -80,6 +89,11 @@ VALIDATION_MESSAGES: dict[str, str] = {
     "int_type": "Input should be an integer",
     "int_from_float": "Input should be an integer",
     "float_type": "Input should be a number",
+    # Of fields of forms, which all are text:
+    "bool_parsing": "Input should be true or false",
+    "int_parsing": "Input should be an integer",
+    "float_parsing": "Input should be a number",
+    "value_error": "Input should be a file",  # UploadFile's; our own checks have types of their own
 }
 
 
@@ -125,14 +139,24 @@ async def _handle_error(request: Request, error: Exception) -> JSONResponse:
 
 async def _handle_validation_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    message, param = _describe_validation_error(error.errors()[0])
-    return JSONResponse(build_error(ErrorKind(400), message, param), 400)
+    status, body = to_validation_error(error.errors()[0]["loc"][1:], error.errors()[0])
+    return JSONResponse(body, status)
 
 
-def _describe_validation_error(detail: dict[str, Any]) -> tuple[str, str | None]:
+def to_validation_error(
+    path: tuple[str | int, ...], detail: Mapping[str, Any]
+) -> tuple[int, dict[str, Any]]:
+    """Status and body for what pydantic says of the field at `path` in a body."""
+    message, param = _describe_validation_error(path, detail)
+    return 400, build_error(ErrorKind(400), message, param)
+
+
+def _describe_validation_error(
+    path: tuple[str | int, ...], detail: Mapping[str, Any]
+) -> tuple[str, str | None]:
     if detail["type"] == "json_invalid":
         return f"The body is not valid JSON: {detail['ctx']['error']}.", None
-    param = _to_param(detail["loc"][1:])
+    param = _to_param(path)
     if param is None:
         return "The body should be a JSON object.", None
     if detail["type"] == "missing":

@@ -8,11 +8,20 @@ from starlette.routing import Match, Route
 from starlette.types import Scope
 
 from extensions.openai import (
+    batches,
     chat_completions,
     completions,
+    embeddings,
+    files,
+    fine_tuning,
+    images,
     internal,
+    legacy,
     logits,
     models,
+    moderations,
+    rerank,
+    search,
     speech,
     tokens,
     transcriptions,
@@ -20,6 +29,7 @@ from extensions.openai import (
 from extensions.openai.auth import build_router
 from extensions.openai.chat_prompts import check_settings
 from extensions.openai.docs import add_docs
+from extensions.openai.embeddings import TRUNCATED_INPUTS
 from extensions.openai.errors import add_error_handlers
 from extensions.openai.middleware import (
     REQUEST_ID,
@@ -34,21 +44,31 @@ from modules.context import Context
 from modules.settings import Settings
 
 MIB = 2**20
+ENDPOINTS = (
+    chat_completions,
+    completions,
+    models,
+    internal,
+    logits,
+    tokens,
+    embeddings,
+    rerank,
+    search,
+    moderations,
+    images,
+    speech,
+    transcriptions,
+    files,
+    batches,
+    fine_tuning,
+    legacy,
+)
 
 
 def setup(context: Context) -> None:
     check_settings(context.settings)
     router = build_router(context.settings.api_key)
-    for endpoints in (
-        chat_completions,
-        completions,
-        models,
-        internal,
-        logits,
-        tokens,
-        speech,
-        transcriptions,
-    ):
+    for endpoints in ENDPOINTS:
         endpoints.add_routes(router, context)
     context.app.include_router(router)
     options_route = OptionsRoute("/{path:path}", _answer_options, methods=["OPTIONS"])
@@ -76,7 +96,7 @@ def _add_middleware(app: FastAPI, settings: Settings) -> None:
         allow_credentials=True,
         # Pages on the web may call a server in the local network, where the origins allow it.
         allow_private_network=True,
-        expose_headers=[REQUEST_ID, DROPPED_MESSAGES],
+        expose_headers=[REQUEST_ID, DROPPED_MESSAGES, TRUNCATED_INPUTS],
     )
     app.add_middleware(RequestIdMiddleware)
 

@@ -39,7 +39,7 @@ def add_routes(router: APIRouter, context: Context) -> None:
         if pieces is None:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
         if body.stream_format == "sse":
-            return send_events(_to_events(pieces), b"", context.settings)
+            return send_events(_to_events(pieces), context.settings)
         media_type = AUDIO_FORMATS[body.response_format].media_type
         return StreamingResponse(_to_bytes(pieces), media_type=media_type)
 

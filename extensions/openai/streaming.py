@@ -9,7 +9,7 @@ import json
 import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, TypeVar
 
@@ -25,6 +25,8 @@ from modules.settings import Settings
 logger = logging.getLogger(__name__)
 
 Chunks = AsyncGenerator[Json, None]
+Events = AsyncGenerator[Json, None] | AsyncGenerator[Json | bytes, None]
+"""What is bytes is a frame already."""
 Result = TypeVar("Result")
 
 PING_SECONDS = 15
@@ -53,26 +55,52 @@ class Answer:
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class JsonAnswer:
+    """An answer in one piece that has been written already."""
+
+    content: bytes
+    """JSON."""
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
 async def send(
     answer: Answer, request: Request, options: GenerationOptions, settings: Settings
 ) -> Response:
-    if settings.debug:
-        answer = replace(answer, chunks=log_in_full(answer.chunks))
     if not options.stream:
-        return await _send_whole(answer, request)
+        return await send_json(_fold_answer(answer), request, settings)
     dialect = choose_dialect(settings.stream_format, request.headers.get("user-agent", ""))
     if dialect is Dialect.CLASSIC:
-        return send_events(to_classic(answer.chunks), b"", settings, answer.headers)
+        return send_events(to_classic(answer.chunks), settings, headers=answer.headers)
     events = to_openai(answer.chunks, options.stream_options.include_usage)
-    return send_events(events, DONE, settings, answer.headers)
+    return send_events(events, settings, end=DONE, headers=answer.headers)
 
 
 def send_events(
-    events: Chunks, end: bytes, settings: Settings, headers: Mapping[str, str] | None = None
+    events: Events,
+    settings: Settings,
+    *,
+    end: bytes = b"",
+    headers: Mapping[str, str] | None = None,
 ) -> Response:
-    """As server-sent events, and `end` after them unless an error has ended them."""
+    """As server-sent events, with `end` after them unless an error has ended them."""
+    if settings.debug:
+        events = _log_in_full(events)
     frames = to_frames(events, end, settings.debug)
     return EventSourceResponse(frames, headers=headers, sep="\n", ping=PING_SECONDS)
+
+
+async def send_json(
+    work: Coroutine[Any, Any, Json | JsonAnswer], request: Request, settings: Settings
+) -> Response:
+    """What `work` makes, which is cancelled if the client leaves before."""
+    result = await run_while_connected(work, request.receive)
+    if result is None:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    answer = result if isinstance(result, JsonAnswer) else JsonAnswer(_to_json(result).encode())
+    if settings.debug:
+        logger.warning("Reply: %s", answer.content.decode())
+    return Response(answer.content, 200, answer.headers, "application/json")
 
 
 def choose_dialect(stream_format: str, user_agent: str) -> Dialect:
@@ -82,22 +110,23 @@ def choose_dialect(stream_format: str, user_agent: str) -> Dialect:
     return Dialect.CLASSIC if user_agent.startswith("python-requests/") else Dialect.OPENAI
 
 
-async def log_in_full(chunks: Chunks) -> Chunks:
+async def _log_in_full(events: Events) -> Events:
     """What OPENEDAI_DEBUG asks for; middleware.BodyLogMiddleware logs the requests."""
-    async with aclosing(chunks):
-        async for chunk in chunks:
-            logger.warning("Reply: %s", _to_json(chunk))
-            yield chunk
+    async with aclosing(events):
+        async for event in events:
+            shown = event.decode() if isinstance(event, bytes) else _to_json(event)
+            logger.warning("Reply: %s", shown)
+            yield event
 
 
 # Streams
 
 
-async def to_frames(events: Chunks, end: bytes, debug: bool) -> AsyncGenerator[bytes, None]:
+async def to_frames(events: Events, end: bytes, debug: bool) -> AsyncGenerator[bytes, None]:
     try:
         async with aclosing(events):
             async for event in events:
-                yield to_frame(event)
+                yield event if isinstance(event, bytes) else to_frame(event)
     except tuple(ERROR_KINDS) as error:
         yield to_frame(to_error(error)[1])
     except Exception as error:  # as in InternalErrorMiddleware, after the first byte was sent
@@ -190,11 +219,9 @@ def _join_logprobs(parts: list[Json] | None) -> Json | None:
     }
 
 
-async def _send_whole(answer: Answer, request: Request) -> Response:
-    body = await run_while_connected(answer.fold(answer.chunks), request.receive)
-    if body is None:
-        return Response(status_code=CLIENT_CLOSED_REQUEST)
-    return Response(_to_json(body).encode(), 200, answer.headers, "application/json")
+async def _fold_answer(answer: Answer) -> JsonAnswer:
+    body = await answer.fold(answer.chunks)
+    return JsonAnswer(_to_json(body).encode(), answer.headers)
 
 
 async def run_while_connected(work: Coroutine[Any, Any, Result], receive: Receive) -> Result | None:

@@ -9,7 +9,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, NoReturn, Required, Self
 
-from fastapi import UploadFile
 from pydantic import (
     AfterValidator,
     AliasChoices,
@@ -19,12 +18,14 @@ from pydantic import (
     Field,
     PlainValidator,
     RootModel,
+    TypeAdapter,
     ValidationError,
     WithJsonSchema,
     model_validator,
     with_config,
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
+from starlette.datastructures import UploadFile
 from typing_extensions import TypedDict
 
 # Far beyond any meaning, and still harmless in float32 arithmetic.
@@ -45,6 +46,9 @@ MAX_NAMED_TOKENS = 2**18
 MAX_DRY_BREAKERS = 64
 MAX_DRY_BREAKER_CHARS = 100
 MAX_NUM_BEAMS = 64
+# Of texts to embed or to compare: as many as OpenAI takes, and some novels together.
+MAX_INPUTS = 2048
+MAX_INPUT_CHARS = 10_000_000
 MAX_SPEECH_CHARS = 4096
 
 # Known fields that change the meaning of an answer and are not implemented yet, each with the
@@ -205,6 +209,46 @@ def _to_prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
     )
 
 
+def _to_inputs(value: Any) -> tuple[str | tuple[int, ...], ...]:
+    inputs = _to_prompts(value)
+    _check_inputs(inputs)
+    return inputs
+
+
+def _to_texts(value: Any) -> tuple[str, ...]:
+    """A text, or a list of texts."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not texts or not all(isinstance(i, str) for i in texts):
+        message = "Input should be a string or a list of strings, not empty"
+        raise PydanticCustomError("texts_type", message)
+    _check_inputs(texts)
+    return tuple(texts)
+
+
+def _to_documents(value: Any) -> tuple[str, ...]:
+    """A list of texts, or of objects that have them as `text`."""
+    if not isinstance(value, list):
+        raise PydanticCustomError("list_type", "Input should be a list")
+    texts = [item.get("text") if isinstance(item, dict) else item for item in value]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        message = "Input should be a list of strings, or of objects with a text, not empty"
+        raise PydanticCustomError("documents_type", message)
+    return _to_texts(texts)
+
+
+def _check_inputs(inputs: Sequence[str | tuple[int, ...]]) -> None:
+    if len(inputs) > MAX_INPUTS:
+        message = "There may be at most {most} of them"
+        raise PydanticCustomError("input_count", message, {"most": MAX_INPUTS})
+    empty = next((index for index, item in enumerate(inputs) if not item), None)
+    if empty is not None:
+        message = "There is nothing in number {index}, counted from 0"
+        raise PydanticCustomError("input_empty", message, {"index": empty})
+    if sum(map(len, inputs)) > MAX_INPUT_CHARS:
+        message = "There may be at most {most} characters, or tokens, in all"
+        raise PydanticCustomError("input_length", message, {"most": MAX_INPUT_CHARS})
+
+
 # Decimal, and written in one way only.
 _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 
@@ -286,6 +330,22 @@ Prompts = Annotated[
         _to_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]
     ),
 ]
+Inputs = Annotated[
+    tuple[str | tuple[int, ...], ...],
+    PlainValidator(
+        _to_inputs, json_schema_input_type=str | list[str] | list[int] | list[list[int]]
+    ),
+]
+Texts = Annotated[
+    tuple[str, ...], PlainValidator(_to_texts, json_schema_input_type=str | list[str])
+]
+Documents = Annotated[
+    tuple[str, ...],
+    PlainValidator(_to_documents, json_schema_input_type=list[str | dict[str, str]]),
+]
+# Of one text that others are compared with.
+Query = Annotated[str, Field(min_length=1, max_length=MAX_INPUT_CHARS)]
+NumResults = Annotated[int, Field(ge=1, le=MAX_INT), BeforeValidator(_to_int)]
 
 
 class WireModel(BaseModel):
@@ -634,6 +694,23 @@ class CompletionRequest(GenerationOptions):
             message = f"A request may have at most {MAX_CHOICES_PER_REQUEST} choices in all"
             _refuse("prompt", message, None)
         return self
+
+
+class GenerateRequest(CompletionRequest):
+    """The same in the words of the first engines, where `context` is the prompt and `length` is
+    `max_tokens`.
+    """
+
+    model_config = _example({"context": "This is a cake recipe:\n\n1.", "length": 100})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rename(cls, data: Any) -> Any:
+        """Those that are given by their present names win."""
+        if not isinstance(data, dict):
+            return data
+        names = {"context": "prompt", "length": "max_tokens"}
+        return {names[name]: data[name] for name in names if name in data} | data
 
 
 # A longer one names no file, and nobody.
@@ -1023,6 +1100,660 @@ class PresetList(BaseModel):
     preset_names: list[str]
 
 
+# Files
+
+
+SecondsOfLife = Annotated[int, Field(ge=3600, le=2_592_000)]
+FilePurpose = Literal[
+    "assistants", "batch", "batch_output", "evals", "fine-tune", "user_data", "vision"
+]
+FileId = Annotated[str, Field(pattern=r"^file-[0-9a-f]{32}$")]
+BatchId = Annotated[str, Field(pattern=r"^batch_[0-9a-f]{32}$")]
+Order = Literal["asc", "desc"]
+
+
+class FileOptions(WireModel):
+    """What comes with an upload, as fields of a form."""
+
+    purpose: Literal["assistants", "batch", "evals", "fine-tune", "user_data", "vision"] = Field(
+        description="`batch` for the input of a batch. Otherwise it is only kept."
+    )
+    anchor: Literal["created_at"] | None = Field(
+        default=None,
+        alias="expires_after[anchor]",
+        description="What `expires_after[seconds]` is counted from.",
+    )
+    seconds: SecondsOfLife | None = Field(
+        default=None,
+        alias="expires_after[seconds]",
+        strict=False,  # a form has only texts
+        description="Delete the file after so many seconds. Left out: never.",
+    )
+
+
+class File(BaseModel):
+    id: str
+    object: Literal["file"]
+    bytes: int
+    created_at: int = Field(description="Seconds since 1970.")
+    expires_at: int | None
+    filename: str
+    purpose: FilePurpose
+    status: Literal["processed"]
+    status_details: None
+
+
+class FileList(BaseModel):
+    object: Literal["list"]
+    data: list[File]
+    first_id: str | None
+    last_id: str | None = Field(description="For `after`, to see the next ones.")
+    has_more: bool
+
+
+class DeletedFile(BaseModel):
+    id: str
+    object: Literal["file"]
+    deleted: Literal[True]
+
+
+# Batches
+
+
+class ExpiresAfter(WireModel):
+    anchor: Literal["created_at"] = Field(description="What `seconds` is counted from.")
+    seconds: SecondsOfLife
+
+
+class BatchRequest(WireModel):
+    model_config = _example(
+        {
+            "input_file_id": "file-0123456789abcdef0123456789abcdef",
+            "endpoint": "/v1/chat/completions",
+            "completion_window": "24h",
+        }
+    )
+
+    input_file_id: Name = Field(
+        description="An uploaded file with the purpose `batch`: one request a line, as "
+        '`{"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": {...}}`.'
+    )
+    endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings"] = Field(
+        description="What all lines ask for; the `url` of each is the same."
+    )
+    completion_window: Literal["24h"] = Field(
+        description="What has no answer after that time is left out."
+    )
+    metadata: (
+        Annotated[
+            dict[
+                Annotated[str, Field(max_length=64)],
+                Annotated[str, Field(max_length=512)],
+            ],
+            Field(max_length=16),
+        ]
+        | None
+    ) = Field(default=None, description="Up to 16 texts by name, kept with the batch.")
+    output_expires_after: ExpiresAfter | None = Field(
+        default=None, description="Delete its output after so long. null: never."
+    )
+
+
+class BatchLine(WireModel):
+    """One line of a batch's input."""
+
+    custom_id: Annotated[str, Field(min_length=1, max_length=512)]
+    method: Literal["POST"]
+    url: str
+    body: dict[str, Any]
+
+
+class BatchError(BaseModel):
+    code: str
+    line: int | None = Field(description="Of the input file, from 1.")
+    message: str
+    param: str | None
+
+
+class BatchErrors(BaseModel):
+    object: Literal["list"]
+    data: list[BatchError]
+
+
+class BatchCounts(BaseModel):
+    total: int
+    completed: int
+    failed: int
+
+
+class BatchInputDetails(BaseModel):
+    cached_tokens: int
+
+
+class BatchOutputDetails(BaseModel):
+    reasoning_tokens: int
+
+
+class BatchUsage(BaseModel):
+    input_tokens: int
+    input_tokens_details: BatchInputDetails
+    output_tokens: int
+    output_tokens_details: BatchOutputDetails
+    total_tokens: int
+
+
+class Batch(BaseModel):
+    id: str
+    object: Literal["batch"]
+    endpoint: str
+    model: str | None
+    errors: BatchErrors | None = Field(description="Why the input file cannot be used.")
+    input_file_id: str
+    completion_window: Literal["24h"]
+    status: Literal[
+        "validating",
+        "failed",
+        "in_progress",
+        "finalizing",
+        "completed",
+        "expired",
+        "cancelling",
+        "cancelled",
+    ]
+    output_file_id: str | None = Field(description="Answers, a line each, in the input's order.")
+    error_file_id: str | None = Field(description="Requests that failed or were left out.")
+    created_at: int
+    expires_at: int
+    in_progress_at: int | None
+    finalizing_at: int | None
+    completed_at: int | None
+    failed_at: int | None
+    expired_at: int | None
+    cancelling_at: int | None
+    cancelled_at: int | None
+    request_counts: BatchCounts
+    usage: BatchUsage
+    metadata: dict[str, str] | None
+
+
+class BatchList(BaseModel):
+    object: Literal["list"]
+    data: list[Batch]
+    first_id: str | None
+    last_id: str | None = Field(description="For `after`, to see the next ones.")
+    has_more: bool
+
+
+# Embeddings
+
+
+EmbeddingModelName = Annotated[
+    str | None,
+    Field(
+        description="Any name: the embedding model of the settings answers. Of token ids it says "
+        "whose they are: OpenAI's, the loaded model's, or else the embedding model's own."
+    ),
+]
+
+
+class EmbeddingRequest(WireModel):
+    """Texts as vectors of length 1. Unknown fields are ignored, and null means the default."""
+
+    model_config = _example({"input": ["The cat sits outside.", "A kitten is in the garden."]})
+
+    input: Inputs = Field(
+        description=f"A text, several texts, or token ids: at most {MAX_INPUTS} of them."
+    )
+    model: EmbeddingModelName = None
+    encoding_format: Literal["float", "base64"] = Field(
+        default="float", description="base64: the bytes of little-endian 32-bit floats."
+    )
+    dimensions: NumResults | None = Field(
+        default=None,
+        description="Keep so many of the first dimensions, and make the length 1 again. Only "
+        "models that were trained for it stay good then.",
+    )
+    user: str | None = Field(default=None, description="Accepted and not used.")
+
+
+class EmbeddingUsage(BaseModel):
+    prompt_tokens: int = Field(description="That the model has read, special ones included.")
+    total_tokens: int
+    truncated_inputs: int = Field(
+        default=0,
+        description="How many texts were longer than what the model reads, and are cut off. Only "
+        "there if some were; the header X-Truncated-Inputs says it too.",
+    )
+
+
+class Embedding(BaseModel):
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingList(BaseModel):
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+
+
+class RerankRequest(WireModel):
+    """Order documents by how well they answer a query, as Cohere's, Jina's and vLLM's API do."""
+
+    model_config = _example(
+        {
+            "query": "How long do cats sleep?",
+            "documents": ["Cats sleep for most of the day.", "The cat is outside."],
+            "top_n": 1,
+        }
+    )
+
+    query: Query = Field(description="What is asked for.")
+    documents: Documents = Field(
+        description=f"Texts, or objects with a `text`: at most {MAX_INPUTS} of them."
+    )
+    model: str | None = Field(
+        default=None, description="Any name: the model of the settings answers."
+    )
+    top_n: NumResults | None = Field(
+        default=None, description="Return only so many, the best. null: all."
+    )
+    return_documents: bool = Field(default=True, description="Return the texts, too.")
+
+
+class RerankedDocument(BaseModel):
+    text: str
+
+
+class RerankResult(BaseModel):
+    index: int = Field(description="Of the document, in the request.")
+    relevance_score: float = Field(
+        description="Of a cross-encoder, what it was trained to say; else a cosine, from -1 to 1."
+    )
+    document: RerankedDocument | None = None
+
+
+class Reranking(BaseModel):
+    id: str
+    model: str
+    results: list[RerankResult]
+    usage: EmbeddingUsage
+
+
+class ScoreRequest(WireModel):
+    """How well pairs of texts go together, as vLLM tells it."""
+
+    model_config = _example(
+        {"text_1": "How long do cats sleep?", "text_2": ["Most of the day.", "It is outside."]}
+    )
+
+    text_1: Texts = Field(description="A text, or as many as there are in `text_2`.")
+    text_2: Texts = Field(description="A text, or several.")
+    model: str | None = Field(
+        default=None, description="Any name: the model of the settings answers."
+    )
+
+    @model_validator(mode="after")
+    def _check_pairs(self) -> Self:
+        if len(self.text_1) not in (1, len(self.text_2)):
+            message = (
+                f"There should be one text, or as many as in text_2, which has {len(self.text_2)}"
+            )
+            _refuse("text_1", message, None)
+        return self
+
+
+class Score(BaseModel):
+    index: int
+    object: Literal["score"]
+    score: float
+
+
+class ScoreList(BaseModel):
+    id: str
+    object: Literal["list"]
+    created: int = Field(description="Seconds since 1970.")
+    model: str
+    data: list[Score]
+    usage: EmbeddingUsage
+
+
+# Moderations
+
+
+class ModerationPart(TypedDict):
+    type: Literal["text"]
+    text: str
+
+
+class ModerationRequest(WireModel):
+    model_config = _example({"input": ["I like your garden.", "I will hurt you."]})
+
+    # Looked at where it is read, which says what is wrong with which of them.
+    input: Annotated[
+        Any, WithJsonSchema(TypeAdapter(str | list[str] | list[ModerationPart]).json_schema())
+    ] = Field(
+        description="A text, a list of texts, or a list of text parts, which together are one "
+        "text. Images are refused: nothing here looks at them."
+    )
+    model: str | None = Field(default=None, description="Accepted and not used.")
+
+
+class ModerationCategories(RootModel[dict[str, bool]]):
+    """By category, whether the text belongs to it: its score is 0.5 or more."""
+
+
+class ModerationScores(RootModel[dict[str, float]]):
+    """By category, the probability that the text belongs to it."""
+
+
+class ModerationResult(BaseModel):
+    flagged: bool = Field(description="Whether it belongs to any of the categories.")
+    categories: ModerationCategories
+    category_scores: ModerationScores
+    category_applied_input_types: dict[str, list[Literal["text"]]]
+
+
+class Moderations(BaseModel):
+    id: str
+    model: str = Field(description="The model that has judged.")
+    results: list[ModerationResult] = Field(description="One for each text, in their order.")
+
+
+# Images
+
+
+MAX_IMAGES = 10
+MAX_PARTIAL_IMAGES = 3
+MAX_IMAGE_PROMPT_CHARS = 32_000
+# The web UI's own limits.
+MAX_IMAGE_STEPS = 150
+MAX_IMAGE_SEED = 2**32 - 1
+MIN_IMAGE_SIDE = 64
+MAX_IMAGE_SIDE = 4096
+MAX_IMAGE_PIXELS = 3840 * 2160
+IMAGE_SIDE_STEP = 8
+
+# As REFUSED_FIELDS.
+REFUSED_IMAGE_FIELDS: Mapping[str, tuple[Any, ...]] = {
+    "style": ("vivid",),
+    "input_fidelity": ("low",),
+    "complexity": (),
+    "frame_count": (),
+    "frame_duration_ms": (),
+    "markup": (),
+    "svg": (),
+}
+
+
+def _check_image_size(size: str) -> str:
+    if size == "auto":
+        return size
+    found = re.fullmatch(r"([0-9]{2,4})x([0-9]{2,4})", size)
+    sides = tuple(map(int, found.groups())) if found else ()
+    is_right = (
+        sides
+        and all(MIN_IMAGE_SIDE <= side <= MAX_IMAGE_SIDE for side in sides)
+        and not any(side % IMAGE_SIDE_STEP for side in sides)
+        and sides[0] * sides[1] <= MAX_IMAGE_PIXELS
+    )
+    if not is_right:
+        raise PydanticCustomError(
+            "image_size",
+            "Input should be auto or WIDTHxHEIGHT, as in 1024x1024, each of them a multiple of "
+            "{step} from {low} to {high}, with at most {most} pixels in all",
+            {
+                "step": IMAGE_SIDE_STEP,
+                "low": MIN_IMAGE_SIDE,
+                "high": MAX_IMAGE_SIDE,
+                "most": MAX_IMAGE_PIXELS,
+            },
+        )
+    return size
+
+
+def _check_upload(value: Any) -> UploadFile:
+    if not isinstance(value, UploadFile):
+        raise PydanticCustomError("upload", "Input should be a file, not a text")
+    return value
+
+
+def _check_only_upload(values: list[Any]) -> list[UploadFile]:
+    if len(values) > 1:
+        raise PydanticCustomError("uploads", "Only one image can be edited at a time")
+    return [_check_upload(value) for value in values]
+
+
+ImagePrompt = Annotated[str, Field(max_length=MAX_IMAGE_PROMPT_CHARS)]
+ImageSize = Annotated[str, AfterValidator(_check_image_size)]
+NumImages = Annotated[int, Field(ge=1, le=MAX_IMAGES), BeforeValidator(_to_int)]
+ImageStrength = Annotated[float, Field(ge=0.01, le=1)]
+UploadField = Annotated[Any, WithJsonSchema({"type": "string", "format": "binary"})]
+Upload = Annotated[UploadField, AfterValidator(_check_upload)]
+
+
+class ImageOptions(WireModel):
+    """What all requests for images may say."""
+
+    prompt: ImagePrompt = Field(
+        default="", description="What should be in the images, if you like."
+    )
+    n: NumImages = Field(default=1, description="How many images to make.")
+    size: ImageSize = Field(
+        default="auto",
+        description="WIDTHxHEIGHT in pixels, both multiples of 8. auto: 1024x1024, or what the "
+        "pipeline on this machine has learnt; of an image that is sent, its own, scaled down to as "
+        "many pixels.",
+    )
+    response_format: Literal["url", "b64_json"] | None = Field(
+        default=None,
+        description="url: a data: URL, which holds the image itself. b64_json: the file in base64. "
+        "null: url, but b64_json where `model` is one of OpenAI's GPT image models.",
+    )
+    output_format: Literal["png", "jpeg", "webp"] = Field(
+        default="png", description="The file format of the images."
+    )
+    output_compression: Annotated[int, Field(ge=0, le=100), BeforeValidator(_to_int)] = Field(
+        default=100, description="The quality of JPEG and WebP: 100 is the best."
+    )
+    quality: Literal["auto", "standard", "hd", "low", "medium", "high", "xhigh", "max"] = Field(
+        default="auto",
+        description="How many steps to take, if `steps` does not say it: half as many as usual for "
+        "low, 1.5 times for high and hd, twice for xhigh, three times for max.",
+    )
+    background: Literal["auto", "opaque"] = Field(
+        default="auto", description="Images are always opaque."
+    )
+    negative_prompt: ImagePrompt = Field(
+        default="", description="What should not be in the images."
+    )
+    steps: Annotated[int, Field(ge=1, le=MAX_IMAGE_STEPS), BeforeValidator(_to_int)] | None = Field(
+        default=None,
+        description="How many steps to take. null: 30, or what the pipeline on this machine takes.",
+    )
+    seed: Annotated[int, Field(ge=-1, le=MAX_IMAGE_SEED), BeforeValidator(_to_int)] = Field(
+        default=-1,
+        description="The same seed gives the same image; the next image has the next seed. -1: a "
+        "random one.",
+    )
+    sampler_name: Name | None = Field(
+        default=None,
+        validation_alias=AliasChoices("sampler_name", "sampler"),
+        description="A sampler as the web UI calls it, such as `Euler a`. Also taken as "
+        "`sampler`. null: DPM++ 2M Karras, or the pipeline's own.",
+    )
+    cfg_scale: Annotated[float, Field(ge=0, le=100)] | None = Field(
+        default=None,
+        validation_alias=AliasChoices("cfg_scale", "guidance_scale"),
+        description="How closely to follow the prompt. Also taken as `guidance_scale`. null: 7, or "
+        "the pipeline's own.",
+    )
+    model: str | None = Field(
+        default=None, description="Any name; it only decides about `response_format`."
+    )
+    user: str | None = Field(default=None, description="Accepted and not used.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_is_not_supported(cls, data: Any) -> Any:
+        for name, neutral_values in REFUSED_IMAGE_FIELDS.items():
+            value = data.get(name) if isinstance(data, dict) else None
+            if value is not None and not _is_neutral(value, neutral_values):
+                _refuse(name, "This field is not supported; leave it out", value)
+        return data
+
+    @model_validator(mode="after")
+    def _check_compression(self) -> Self:
+        if self.output_format == "png" and self.output_compression != 100:
+            message = "Only jpeg and webp can be smaller than they are"
+            _refuse("output_compression", message, self.output_compression)
+        return self
+
+
+class StreamedImageOptions(ImageOptions):
+    """Those of which the image can be seen while it is made."""
+
+    prompt: Annotated[str, Field(min_length=1, max_length=MAX_IMAGE_PROMPT_CHARS)] = Field(
+        description="What should be in the images."
+    )
+    stream: bool = Field(
+        default=False,
+        description="Send each image when it is done, as a server-sent event, always in base64.",
+    )
+    partial_images: Annotated[int, Field(ge=0, le=MAX_PARTIAL_IMAGES), BeforeValidator(_to_int)] = (
+        Field(
+            default=0,
+            description="With `stream`: show what the image is like so far, at most so many times.",
+        )
+    )
+
+
+class ImageGenerationRequest(StreamedImageOptions):
+    """Make images from words. Unknown fields are ignored, and null means the default."""
+
+    model_config = _example(
+        {"prompt": "A lighthouse at dusk, oil painting", "size": "512x512", "seed": 7}
+    )
+
+
+class ImageEditRequest(StreamedImageOptions):
+    """Change an image, or a part of it, by words. A form; unknown fields are ignored."""
+
+    # A form has nothing but text.
+    model_config = ConfigDict(strict=False)
+
+    image: Annotated[list[UploadField], AfterValidator(_check_only_upload)] = Field(
+        description="The image: PNG, JPEG or WebP. Without a mask, what is transparent in it is "
+        "made anew; where nothing is, all of it is changed."
+    )
+    mask: Upload | None = Field(
+        default=None,
+        description="An image of the same size, transparent where to edit. What is opaque stays.",
+    )
+    denoising_strength: ImageStrength | None = Field(
+        default=None,
+        validation_alias=AliasChoices("denoising_strength", "strength"),
+        description="How far to go from the image. Also taken as `strength`. null: 0.75, 1 where "
+        "a part is edited, and 0.6 for variations.",
+    )
+
+
+class ImageVariationRequest(ImageOptions):
+    """Make images like another one. A form; unknown fields are ignored."""
+
+    model_config = ConfigDict(strict=False)
+
+    image: Upload = Field(description="The image: PNG, JPEG or WebP.")
+    denoising_strength: ImageStrength | None = Field(
+        default=None,
+        validation_alias=AliasChoices("denoising_strength", "strength"),
+        description="How far to go from the image. Also taken as `strength`. null: 0.6.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_streams(cls, data: Any) -> Any:
+        stream = data.get("stream") if isinstance(data, dict) else None
+        if stream not in (None, "false", "0"):
+            _refuse("stream", "Variations cannot be streamed", stream)
+        return data
+
+
+class Image(BaseModel):
+    """Either `url` or `b64_json`."""
+
+    url: str | None = Field(default=None, description="A data: URL.")
+    b64_json: str | None = Field(default=None, description="The file in base64.")
+    revised_prompt: str | None = Field(
+        default=None, description="What styles of the web UI have made of the prompt, if anything."
+    )
+
+
+class ImageList(BaseModel):
+    created: int = Field(description="Seconds since 1970.")
+    background: Literal["opaque"]
+    data: list[Image]
+    output_format: Literal["png", "jpeg", "webp"]
+    size: str = Field(description="WIDTHxHEIGHT.")
+
+
+# Older programs
+
+
+class SearchRequest(WireModel):
+    """Order documents by how near they are to a query, as OpenAI's first API did."""
+
+    model_config = _example(
+        {"documents": ["White House", "hospital", "school"], "query": "the president"}
+    )
+
+    documents: Documents = Field(description=f"Texts, at most {MAX_INPUTS}.")
+    query: Query = Field(description="What is looked for.")
+    model: str | None = Field(default=None, description="Any name: the embedding model answers.")
+    max_rerank: NumResults = Field(default=200, description="Return at most so many, the best.")
+    return_metadata: bool = Field(
+        default=False, description="Accepted and not used: these documents have none."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_files(cls, data: Any) -> Any:
+        file = data.get("file") if isinstance(data, dict) else None
+        if file is not None:
+            _refuse("file", "Documents cannot be taken from a file; send them as documents", file)
+        return data
+
+
+class SearchResult(BaseModel):
+    object: Literal["search_result"]
+    document: int = Field(description="Its index in the request.")
+    score: float = Field(description="The cosine, from -1 to 1.")
+
+
+class SearchResultList(BaseModel):
+    object: Literal["list"]
+    data: list[SearchResult]
+    model: str
+
+
+class Engine(BaseModel):
+    id: str
+    object: Literal["engine"]
+    owner: str
+    ready: bool = Field(description="Whether it is loaded.")
+
+
+class EngineList(BaseModel):
+    object: Literal["list"]
+    data: list[Engine]
+
+
+class BillingUsage(BaseModel):
+    total_usage: int = Field(description="It costs nothing.")
+
+
 # Audio
 
 
@@ -1037,15 +1768,6 @@ class FormModel(WireModel):
         if not isinstance(data, dict):
             return data
         return {name: value for name, value in data.items() if value != ""}
-
-
-def _require_file(value: Any) -> Any:
-    if isinstance(value, str):
-        raise PydanticCustomError("file_type", "Input should be a file")
-    return value
-
-
-Upload = Annotated[UploadFile, BeforeValidator(_require_file)]
 
 
 class VoiceActivityDetection(FormModel):

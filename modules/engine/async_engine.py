@@ -48,6 +48,7 @@ class _Stream:
     """What one `generate` still waits for; touched on the event loop only."""
 
     open_ids: set[str]
+    is_background: bool
     inbox: asyncio.Queue[list[TokenOutput] | ServerError] = field(default_factory=asyncio.Queue)
 
 
@@ -85,7 +86,8 @@ class AsyncEngine:
         self.check_health()
         self._loop = asyncio.get_running_loop()
         added = tuple(requests)
-        stream = _Stream({request.request_id for request in added})
+        is_background = all(request.is_background for request in added)
+        stream = _Stream({request.request_id for request in added}, is_background)
         self._streams.update(dict.fromkeys(stream.open_ids, stream))
         self._commands.put(_Add(added))
         try:
@@ -108,9 +110,10 @@ class AsyncEngine:
             self._commands.put(_Abort(request_id))
 
     def abort_all(self) -> None:
-        """End every sequence of every `generate`."""
-        for request_id in tuple(self._streams):
-            self.abort(request_id)
+        """End every sequence of every `generate`, but those of the background."""
+        for request_id, stream in tuple(self._streams.items()):
+            if not stream.is_background:
+                self.abort(request_id)
 
     def stop(self) -> None:
         """End the thread; what is still running fails with GenerationAbortedError."""

@@ -55,6 +55,8 @@ class Engine:
             self.cache_manager,
             max_num_seqs,
             config.max_num_batched_tokens,
+            # Who pauses leaves something to be used again, or has to read its own tokens anew.
+            pauses_background=not config.is_deterministic,
         )
         self.runner = ModelRunner(model, num_blocks, block_size)
         self.runner.prepare(max_num_seqs, config.max_model_len)

@@ -2,7 +2,8 @@
 
 State-space models, encoder-decoders and those with attention of their own keep what they have read
 in a way that only they know. They run as transformers runs them, one sequence at a time, first
-come, first served; tokens are chosen and ended as Engine's are.
+come, first served; tokens are chosen and ended as Engine's are. One of the background gives way to
+any other, and is read again when it goes on.
 """
 
 from __future__ import annotations
@@ -81,17 +82,22 @@ class GenerateEngine:
         self._decoding.pop(request_id, None)
 
     def step(self) -> list[TokenOutput]:
-        """Let the oldest sequence go on by one token."""
+        """Let the sequence whose turn it is go on by one token."""
         return self.execute(self.schedule())
 
     def schedule(self) -> ScheduledBatch:
-        oldest = list(self._sequences.values())[:1]
+        by_turn = sorted(self._sequences.values(), key=self._must_wait)
         return ScheduledBatch(
             tuple(
                 ScheduledSequence(seq, (), seq.num_computed_tokens, len(seq.token_ids), True)
-                for seq in oldest
+                for seq in by_turn[:1]
             )
         )
+
+    def _must_wait(self, seq: Sequence) -> bool:
+        """Where nothing may be rounded in another way, who has begun goes on to the end."""
+        has_begun = seq.request_id in self._decoding
+        return seq.is_background and not (has_begun and self.config.is_deterministic)
 
     @torch.inference_mode()
     def execute(self, batch: ScheduledBatch) -> list[TokenOutput]:
@@ -121,6 +127,7 @@ class GenerateEngine:
     def _sample(self, seq: Sequence) -> SampledToken:
         # It is put back only after a success: otherwise the cache may be in any state.
         decoding = self._decoding.pop(seq.request_id, None) or [*map(self._start, seq.unit)]
+        self._decoding.clear()  # of one that has to wait now
         with record_hidden_states(self._model, seq.params.hidden_states) as recorded:
             logits, *negative = [next(member) for member in decoding]
         if negative:

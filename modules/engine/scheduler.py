@@ -11,11 +11,13 @@ reads its tokens but the last at its own pace; the last ones are read in one ste
 
 A step may also read a draft: tokens that are only guessed to come next. As many of them as turn out
 to be right are a sequence's next tokens, and one more.
+
+Background sequences run with the whole batch while they are alone. While any other is there, they
+pause: they keep their memory until it is needed, and take no part in a step.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass, field
 
 from modules.engine.cache_manager import CacheManager
@@ -135,18 +137,22 @@ def report_prompt(seq: Sequence, scores: list[Logprobs]) -> list[TokenOutput]:
 
 
 class Scheduler:
-    """First come, first served; when the cache is full the youngest waits and starts over."""
+    """First come, first served; when the cache is full the youngest waits and starts over. Those
+    of the background come after all others, in both lists.
+    """
 
     def __init__(
         self,
         cache_manager: CacheManager,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        pauses_background: bool = True,
     ) -> None:
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self._cache = cache_manager
         self._max_num_seqs = max_num_seqs
+        self._pauses_background = pauses_background
         # With one chunk in it, a step has room for the next token of every other sequence.
         self._max_num_batched_tokens = max(max_num_batched_tokens, 2 * max_num_seqs)
         size = self._max_num_batched_tokens // 2
@@ -156,8 +162,21 @@ class Scheduler:
     def has_unfinished(self) -> bool:
         return bool(self.waiting or self.running)
 
+    @property
+    def active(self) -> list[Sequence]:
+        """The running ones that do not pause."""
+        if not self._pauses_background or not self._is_foreground_busy:
+            return self.running
+        return [seq for seq in self.running if not seq.is_background]
+
+    @property
+    def _is_foreground_busy(self) -> bool:
+        first = (*self.running[:1], *self.waiting[:1])
+        return any(not seq.is_background for seq in first)
+
     def add(self, seq: Sequence) -> None:
         self.waiting.append(seq)
+        _put_background_last(self.waiting)
 
     def schedule(self) -> ScheduledBatch:
         items = self._schedule_running()
@@ -190,7 +209,8 @@ class Scheduler:
         budget = self._max_num_batched_tokens
         items: list[ScheduledSequence] = []
         # Streams first, so that each goes on in every step: prompts share what they leave.
-        units = [seq.unit for seq in self.running if seq.primary is None]
+        num_active = len(self.active)
+        units = [seq.unit for seq in self.active if seq.primary is None]
         for unit in sorted(units, key=lambda unit: any(s.num_uncomputed_tokens > 1 for s in unit)):
             if unit[0].status is not SequenceStatus.RUNNING:
                 continue
@@ -198,7 +218,7 @@ class Scheduler:
             if not self._make_room(readers, items):
                 continue
             for seq in readers:
-                items.append(self._build_item(seq, self._build_draft(seq)))
+                items.append(self._build_item(seq, self._build_draft(seq, num_active)))
                 budget -= items[-1].num_tokens
         return items
 
@@ -216,13 +236,15 @@ class Scheduler:
 
     def _admit(self, budget: int) -> list[ScheduledSequence]:
         """First come, first served; but who waits for what is just being read lets others pass,
-        and keeps a place among the running ones.
+        and keeps a place among the running ones. Who pauses reads nothing, and takes no place.
         """
         items: list[ScheduledSequence] = []
         num_passed = 0
-        being_read = {self._cache.next_content(seq) for seq in self.running if self.waiting}
+        being_read = {self._cache.next_content(seq) for seq in self.active if self.waiting}
         for seq in tuple(self.waiting):
-            num_taken = len(self.running) + num_passed
+            if seq.is_background and self._is_foreground_busy:
+                break
+            num_taken = len(self.active) + num_passed
             # Two that go together are let in even where only one may run.
             if num_taken > 0 and num_taken + len(seq.unit) > self._max_num_seqs:
                 break
@@ -232,7 +254,7 @@ class Scheduler:
                 continue
             if self._chunk(seq, len(prefixes[0].blocks) * self._cache.block_size) > budget:
                 break
-            if not self._allocate(seq.unit):
+            if not self._allocate_or_preempt(seq.unit):
                 break
             self._start(seq)
             for reader in self._choose_readers(seq.unit, budget):
@@ -240,6 +262,14 @@ class Scheduler:
                 budget -= items[-1].num_tokens
             being_read.update(map(self._cache.next_content, seq.unit))
         return items
+
+    def _allocate_or_preempt(self, unit: tuple[Sequence, ...]) -> bool:
+        """Room for `unit`, at the cost of those that pause for it."""
+        while not self._allocate(unit):
+            if len(self.active) == len(self.running):
+                return False
+            self._preempt(self.running[-1].unit)
+        return True
 
     def _allocate(self, unit: tuple[Sequence, ...]) -> bool:
         """Room for all of `unit`, or for none of it."""
@@ -260,6 +290,7 @@ class Scheduler:
             member.status = SequenceStatus.RUNNING
             if member.num_cached_tokens is None:
                 member.num_cached_tokens = member.num_computed_tokens
+        _put_background_last(self.running)
 
     def _chunk(self, seq: Sequence, start: int) -> int:
         """How many tokens of `seq` a step reads from `start`: to its end, or up to the next cut."""
@@ -276,13 +307,13 @@ class Scheduler:
             seq, tuple(seq.block_table), start, end, end == len(seq.token_ids), draft
         )
 
-    def _build_draft(self, seq: Sequence) -> tuple[int, ...]:
+    def _build_draft(self, seq: Sequence, num_active: int) -> tuple[int, ...]:
         """Only where there is room: no other sequence gives up anything for a guess."""
         if seq.lookup is None or seq.num_uncomputed_tokens > 1:
             return ()
         # Beside a chunk and all streams; and one token comes without a guess.
         num_rows = min(MAX_NUM_DRAFT_ROWS, self._max_num_batched_tokens - self._chunk_size)
-        room = min(num_rows // len(self.running), seq.max_tokens - seq.num_output_tokens) - 1
+        room = min(num_rows // num_active, seq.max_tokens - seq.num_output_tokens) - 1
         draft = seq.lookup.propose(seq.token_ids, room) if room > 0 else ()
         if not self._cache.can_append(seq, len(draft)):
             return ()
@@ -307,7 +338,8 @@ class Scheduler:
             self._cache.free(seq)
             seq.num_computed_tokens = 0
             seq.status = SequenceStatus.WAITING
-        self.waiting.appendleft(unit[0])
+        self.waiting.insert(0, unit[0])
+        _put_background_last(self.waiting)
 
     def _advance(
         self, item: ScheduledSequence, tokens: list[SampledToken], scores: list[Logprobs]
@@ -332,3 +364,8 @@ class Scheduler:
         if reason is not None:
             self.finish(seq, reason)
         return prompt + outputs
+
+
+def _put_background_last(seqs: list[Sequence]) -> None:
+    """In place; apart from that, their order stays."""
+    seqs.sort(key=lambda seq: seq.is_background)

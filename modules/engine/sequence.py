@@ -40,6 +40,8 @@ class SequenceRequest:
     negative_prompt_token_ids: tuple[int, ...] | None = None
     """What `params.guidance_scale` leads away from, at least one token; None: nothing."""
     logits_processors: tuple[LogitsProcessor, ...] = ()
+    is_background: bool = False
+    """Nobody waits for it: it goes on only while nothing else is there to be generated."""
 
     @property
     def num_longest_prompt_tokens(self) -> int:
@@ -62,6 +64,7 @@ class Sequence:
         params = request.params
         self.request_id = request.request_id
         self.params = params
+        self.is_background = request.is_background
         self.eos_token_ids = eos_token_ids
         self.status = SequenceStatus.WAITING
         self.finish_reason: FinishReason | None = None
@@ -97,7 +100,9 @@ class Sequence:
 
     def _build_companion(self, prompt_token_ids: tuple[int, ...], max_model_len: int) -> Sequence:
         params = SamplingParams(max_tokens=self.max_tokens)
-        request = SequenceRequest(self.request_id, prompt_token_ids, params)
+        request = SequenceRequest(
+            self.request_id, prompt_token_ids, params, is_background=self.is_background
+        )
         companion = Sequence(request, max_model_len)
         companion.primary = self
         return companion

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import threading
 from contextlib import aclosing
+from dataclasses import replace
 
 import pytest
 
@@ -209,3 +210,13 @@ async def test_a_prompt_that_would_never_fit_ends_at_once(engine) -> None:
         steps = [outputs async for outputs in engine.generate([request("long", prompt)])]
         assert [o.finish_reason for outputs in steps for o in outputs] == [FinishReason.ERROR]
     await collect(engine, request("good", [5, 6]))
+
+
+async def test_the_background_is_not_ended_with_all_others(engine) -> None:
+    behind = replace(request("behind", [5, 6], max_tokens=30), is_background=True)
+    task = asyncio.create_task(collect(engine, behind))
+    steps = engine.generate([request("asked", [7], max_tokens=400)])
+    await anext(steps)
+    engine.abort_all()
+    assert [outputs async for outputs in steps] == []
+    assert len((await task)["behind"]) == 30

@@ -331,3 +331,50 @@ def test_deterministic_engines_always_say_the_same(dtype: torch.dtype, make_engi
         fresh = make_engine(model, is_deterministic=True)
         fresh.add(wish)
         assert token_ids(run(fresh)[wish.request_id]) == together[wish.request_id]
+
+
+def test_the_background_says_the_same_however_often_it_pauses(make_engine) -> None:
+    """Paused, preempted and read again: beside others that come and go as chance has it."""
+    prompts = [prompt * 2 for prompt in random_prompts(9, 50, seed=11)]
+    wishes = [
+        {"temperature": 1.0, "seed": 7, "max_tokens": 30},
+        {"max_tokens": 40, "prompt_lookup_num_tokens": 5},
+        {"temperature": 0.8, "seed": 8, "top_p": 0.9, "repetition_penalty": 1.2},
+    ]
+    requests = [
+        replace(request(str(n), prompt, **wishes[n % 3]), is_background=n % 2 == 0)
+        for n, prompt in enumerate(prompts)
+    ]
+    requests[4] = replace(requests[4], negative_prompt_token_ids=(5, 6, 7))
+    alone = {}
+    for wish in requests:
+        engine = make_engine()
+        engine.add(wish)
+        alone |= {name: token_ids(outputs) for name, outputs in run(engine).items()}
+    for seed in range(3):
+        draw = random.Random(seed)
+        engine = make_engine(num_cache_tokens=512, max_num_seqs=draw.randrange(3, 8))
+        waiting = draw.sample(requests, len(requests))
+        found: dict[str, list[int]] = {}
+        while waiting or engine.has_unfinished:
+            if waiting and (not engine.has_unfinished or draw.random() < 0.15):
+                engine.add(waiting.pop())
+            for output in engine.step():
+                found.setdefault(output.request_id, []).append(output.token_id)
+            engine.cache_manager.check_integrity()
+        assert found == alone
+
+
+def test_beside_a_full_background_a_stream_gets_a_token_in_every_step(make_engine) -> None:
+    """The pace that somebody sees is the pace without a background: counted, not timed."""
+    engine = make_engine(max_num_seqs=4, max_num_batched_tokens=64)
+    for number, prompt in enumerate(random_prompts(8, 60)):
+        wish = request(f"behind {number}", prompt, max_tokens=200)
+        engine.add(replace(wish, is_background=True))
+    for _ in range(10):
+        engine.step()
+    assert len(engine.scheduler.running) == 4
+    engine.add(request("asked", list(range(5, 30)), max_tokens=50))
+    for _ in range(50):
+        assert [output.request_id for output in engine.step()] == ["asked"]
+    assert {output.request_id for output in engine.step()} == {f"behind {n}" for n in range(4)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -65,6 +66,43 @@ def test_first_come_first_served() -> None:
         order += [output.request_id for output in engine.step()]
     assert order == list("aaabbbccc")
     assert not engine._decoding
+
+
+@pytest.mark.parametrize("kind", ["mamba", "t5"])
+def test_the_background_gives_way_and_says_the_same(kind: str) -> None:
+    wishes = [
+        replace(request("behind", PROMPT, max_tokens=8), is_background=True),
+        replace(request("next", PROMPT[5:], max_tokens=3), is_background=True),
+        request("asked", PROMPT[2:], max_tokens=4),
+    ]
+    alone = {}
+    for wish in wishes:
+        engine = make(build_alone(kind))
+        engine.add(wish)
+        alone |= {name: token_ids(outputs) for name, outputs in run(engine).items()}
+    engine = make(build_alone(kind))
+    for wish in wishes[:2]:
+        engine.add(wish)
+    steps = [*engine.step(), *engine.step()]
+    engine.add(wishes[2])
+    while engine.has_unfinished:
+        steps += engine.step()
+        assert len(engine._decoding) <= 1
+    order = ["behind"] * 2 + ["asked"] * 4 + ["behind"] * 6 + ["next"] * 3
+    assert [output.request_id for output in steps] == order
+    for name, expected in alone.items():
+        assert token_ids([o for o in steps if o.request_id == name]) == expected
+
+
+def test_where_nothing_may_be_read_twice_the_background_goes_on_to_its_end() -> None:
+    engine = make(build_alone("mamba"), is_deterministic=True)
+    for name in ("behind", "next"):
+        engine.add(replace(request(name, PROMPT, max_tokens=2), is_background=True))
+    order = [output.request_id for output in engine.step()]
+    engine.add(request("asked", PROMPT, max_tokens=1))
+    while engine.has_unfinished:
+        order += [output.request_id for output in engine.step()]
+    assert order == ["behind", "behind", "asked", "next", "next"]
 
 
 @pytest.mark.parametrize("kind", ["mamba", "t5"])

@@ -19,17 +19,22 @@ def build(max_num_seqs: int = 8, num_blocks: int = 500, budget: int = 100) -> Sc
     return Scheduler(cache, max_num_seqs, budget)
 
 
-def add(scheduler: Scheduler, name: str, num_tokens: int, **params: object) -> Sequence:
+def add(scheduler: Scheduler, name: str, num_tokens: int, **options: object) -> Sequence:
     """With tokens that no other name has."""
     first = 10_000 * int.from_bytes(name.encode())
-    return add_tokens(scheduler, name, range(first, first + num_tokens), **params)
+    return add_tokens(scheduler, name, range(first, first + num_tokens), **options)
 
 
 def add_tokens(
-    scheduler: Scheduler, name: str, token_ids: Iterable[int], **params: object
+    scheduler: Scheduler,
+    name: str,
+    token_ids: Iterable[int],
+    is_background: bool = False,
+    **params: object,
 ) -> Sequence:
     wishes = SamplingParams(**params)  # type: ignore[arg-type]
-    seq = Sequence(SequenceRequest(name, tuple(token_ids), wishes), 5000, frozenset({2}))
+    request = SequenceRequest(name, tuple(token_ids), wishes, is_background=is_background)
+    seq = Sequence(request, 5000, frozenset({2}))
     scheduler.add(seq)
     return seq
 
@@ -337,3 +342,137 @@ def test_no_draft_takes_from_others() -> None:
         tokens = [[SampledToken(9)] * (1 + len(item.draft)) for item in batch.sampled]
         scheduler.update(batch, StepResult(tokens))
         scheduler._cache.check_integrity()
+
+
+# The background
+
+
+def test_who_is_waited_for_is_admitted_before_the_background() -> None:
+    scheduler = build(max_num_seqs=2)
+    for name in "ab":
+        add(scheduler, name, 5, is_background=True)
+    for name in "cde":
+        add(scheduler, name, 5)
+    assert [*spans(step(scheduler)[0])] == ["c", "d"]
+    assert [seq.request_id for seq in scheduler.waiting] == ["e", "a", "b"]
+
+
+def test_the_background_pauses_while_somebody_is_waited_for_and_keeps_its_memory() -> None:
+    scheduler = build(budget=100)
+    add(scheduler, "reading", 200, is_background=True)
+    add(scheduler, "decoding", 5, is_background=True)
+    step(scheduler)
+    add(scheduler, "asked", 120, max_tokens=2)
+    seen = [spans(step(scheduler)[0]) for _ in range(4)]
+    assert seen == [
+        {"asked": (0, 50)},
+        {"asked": (50, 100)},
+        {"asked": (100, 120)},
+        {"asked": (120, 121)},
+    ]
+    assert spans(step(scheduler)[0]) == {"decoding": (5, 6), "reading": (50, 100)}
+
+
+def test_none_of_the_background_is_admitted_beside_others() -> None:
+    scheduler = build()
+    asked = add(scheduler, "asked", 5)
+    add(scheduler, "later", 5, is_background=True)
+    for _ in range(3):
+        assert spans(step(scheduler)[0]).keys() == {"asked"}
+    scheduler.finish(asked, FinishReason.ABORT)
+    assert spans(step(scheduler)[0]).keys() == {"later"}
+
+
+def test_a_full_background_takes_no_place_from_others() -> None:
+    scheduler = build(max_num_seqs=4)
+    for name in "abcd":
+        add(scheduler, name, 5, is_background=True)
+    step(scheduler)
+    for name in "efghi":
+        add(scheduler, name, 5, max_tokens=3)
+    assert spans(step(scheduler)[0]).keys() == set("efgh"), "as many as ever, at once"
+    for _ in range(2):
+        step(scheduler)
+    assert spans(step(scheduler)[0]).keys() == {"i"}
+    for _ in range(2):
+        step(scheduler)
+    assert spans(step(scheduler)[0]) == dict.fromkeys("abcd", (5, 6))
+
+
+def test_the_youngest_of_the_background_makes_room() -> None:
+    scheduler = build(num_blocks=6, budget=1000)
+    names = ("old", "middle", "young")
+    seqs = [add(scheduler, name, 2 * BLOCK_SIZE - 1, is_background=True) for name in names]
+    step(scheduler)
+    add(scheduler, "asked", 3 * BLOCK_SIZE)
+    assert spans(step(scheduler)[0]) == {"asked": (0, 3 * BLOCK_SIZE)}
+    waiting = SequenceStatus.WAITING
+    assert [seq.status for seq in seqs] == [SequenceStatus.RUNNING, waiting, waiting]
+    assert [seq.request_id for seq in scheduler.waiting] == ["middle", "young"]
+    for _ in range(BLOCK_SIZE + 1):  # it grows past what is free
+        assert spans(step(scheduler)[0]).keys() == {"asked"}
+    assert seqs[0].status is waiting
+    scheduler.finish(scheduler.running[0], FinishReason.ABORT)
+    assert spans(step(scheduler)[0]).keys() == set(names)
+    scheduler._cache.check_integrity()
+
+
+def test_nobody_waits_for_what_a_pausing_one_was_reading() -> None:
+    scheduler = build(budget=100)
+    add_tokens(scheduler, "behind", range(150), is_background=True)
+    step(scheduler)
+    add_tokens(scheduler, "asked", range(150))
+    assert spans(step(scheduler)[0]) == {"asked": (50, 100)}
+
+
+def test_drafts_count_those_that_step() -> None:
+    scheduler = build(num_blocks=100, budget=100)
+    for number in range(8):
+        add(scheduler, f"b{number}", 5, is_background=True, max_tokens=50)
+    step(scheduler)
+    wishes = {"prompt_lookup_num_tokens": 40, "max_tokens": 40, "ignore_eos": True}
+    asked = add_tokens(scheduler, "asked", [9] * 40, **wishes)
+    longest = 0
+    while not asked.is_finished:
+        batch, _ = read_along(scheduler, [9] * 60)
+        longest = max(longest, len(batch.items[0].draft))
+    assert longest > 8
+
+
+def test_where_nothing_may_be_read_twice_the_background_goes_on_to_its_end() -> None:
+    scheduler = Scheduler(CacheManager(500, BLOCK_SIZE, 0), 1, 100, pauses_background=False)
+    add(scheduler, "behind", 5, is_background=True, max_tokens=3)
+    add(scheduler, "next", 5, is_background=True)
+    step(scheduler)
+    add(scheduler, "asked", 5)
+    order = [*spans(step(scheduler)[0]), *spans(step(scheduler)[0]), *spans(step(scheduler)[0])]
+    assert order == ["behind", "behind", "asked"]
+
+
+def test_whatever_is_in_the_background_everything_ends_and_nobody_waits_for_it() -> None:
+    for seed in range(30):
+        draw = random.Random(seed)
+        scheduler = build(max_num_seqs=5, num_blocks=draw.choice((30, 60, 500)), budget=60)
+        seqs: list[Sequence] = []
+        for _ in range(600):
+            if len(seqs) < 40 and draw.random() < 0.3:
+                prompt = [0] * draw.randrange(1, 150) + draw.choices((1, 2), k=draw.randrange(60))
+                options = {"max_tokens": draw.randrange(1, 30)}
+                is_background = draw.random() < 0.6
+                seqs.append(add_tokens(scheduler, str(len(seqs)), prompt, is_background, **options))
+            if seqs and draw.random() < 0.02:
+                scheduler.finish(draw.choice(seqs), FinishReason.ABORT)
+            asked = [s for s in seqs if not s.is_background and not s.is_finished]
+            streams = [s for s in asked if s.num_uncomputed_tokens == 1 and s.block_table]
+            batch, _ = step(scheduler)
+            assert batch.items or not scheduler.has_unfinished, "nothing goes on"
+            assert sum(item.num_tokens for item in batch.items) <= 60
+            assert not asked or not any(item.seq.is_background for item in batch.items)
+            assert sum(not s.is_background for s in scheduler.running) <= 5
+            assert sum(s.is_background for s in scheduler.running) <= 5
+            for seq in streams:
+                assert seq.is_finished or seq.request_id in spans(batch) or not seq.block_table
+            scheduler._cache.check_integrity()
+        while scheduler.has_unfinished:
+            assert step(scheduler)[0].items
+        assert all(seq.is_finished and not seq.block_table for seq in seqs)

@@ -75,6 +75,7 @@ def test_names_of_the_users_document_exist() -> None:
     assert {row.env for row in SETTINGS if row.env} == {
         *("OPENEDAI_PORT", "OPENEDAI_CERT_PATH", "OPENEDAI_KEY_PATH", "OPENEDAI_DEBUG"),
         *("SD_WEBUI_URL", "OPENEDAI_EMBEDDING_MODEL", "OPENEDAI_EMBEDDING_DEVICE"),
+        "SD_BASE_MODEL_SIZE",  # of the same API, though the document does not have it
     }
     assert keys >= {
         *("openai-embedding_device", "openai-embedding_model", "openai-sd_webui_url"),
@@ -283,6 +284,9 @@ def test_flags_of_other_loaders_are_not_ours() -> None:
         ({"OPENEDAI_PORT": "http"}, "OPENEDAI_PORT: expected a whole number, not 'http'"),
         ({"OPENEDAI_DEBUG": "perhaps"}, "OPENEDAI_DEBUG: expected true or false"),
         ({"SD_WEBUI_URL": "127.0.0.1:7861"}, "SD_WEBUI_URL: expected an address"),
+        ({"SD_WEBUI_URL": "http://"}, "SD_WEBUI_URL: expected an address"),
+        ({"SD_WEBUI_URL": "http://[::1"}, "SD_WEBUI_URL: expected an address"),
+        ({"SD_WEBUI_URL": "http://127.0.0.1:web"}, "SD_WEBUI_URL: expected an address"),
         ({"OPENEDAI_CERT_PATH": "no.pem"}, "OPENEDAI_CERT_PATH: there is no file"),
     ],
 )
@@ -498,7 +502,7 @@ def test_keys_of_extensions_go_to_them(load: Load, tmp_path: Path) -> None:
     for name in ("tts", "tts-plus"):
         (tmp_path / "extensions" / name).mkdir(parents=True)
     text = (
-        "tts-voice: low\ntts-speed: null\ntts-plus-voice: high\nloaded-a-b: [1]\nabsent-voice: x\n"
+        "tts-voice: low\ntts-speed: null\ntts-plus-voice: high\nloaded-a-b: [1]\nabsent-sound: x\n"
     )
     settings = load("--extensions", "loaded", text=text)
     assert settings.extension_params == {
@@ -506,7 +510,7 @@ def test_keys_of_extensions_go_to_them(load: Load, tmp_path: Path) -> None:
         "tts-plus": {"voice": "high"},
         "loaded": {"a-b": [1]},
     }
-    assert settings.warnings == ("settings.yaml: absent-voice is not a known setting",)
+    assert settings.warnings == ("settings.yaml: absent-sound is not a known setting",)
 
 
 def test_openai_keys_are_settings_never_extension_parameters(load: Load, tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ async def test_openai_errors(api: openai.AsyncOpenAI, engine: FakeEngine) -> Non
     with pytest.raises(openai.AuthenticationError):
         await api.with_options(api_key="no").models.list()
     with pytest.raises(openai.NotFoundError):
-        await api.embeddings.with_raw_response.create(model="x", input="x")
+        await api.containers.retrieve("x")
     engine.enqueue("ab", error=KeyError("x"))
     with pytest.raises(openai.APIError, match="had an error"):
         async for _ in await api.completions.create(model="tiny", prompt="x", stream=True):

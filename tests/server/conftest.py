@@ -15,6 +15,8 @@ import httpx
 import pytest
 
 from modules.settings import PROJECT_ROOT
+from tests.conftest import run_server
+from tests.stable_diffusion import WebUi
 
 # A reply without `max_tokens` ends here: a small model may go on and on, and a test with it.
 MAX_MODEL_LEN = 768
@@ -76,11 +78,21 @@ class Server:
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[Server]:
-    """The settings that a user has, but for the context length."""
-    server = Server("--api", "--max-model-len", str(MAX_MODEL_LEN)).wait_until_ready()
+def server(web_ui_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The settings that a user has, but for the context length and the place of files."""
+    flags = ("--max-model-len", str(MAX_MODEL_LEN), "--user-data-dir")
+    env = {"SD_WEBUI_URL": web_ui_url}
+    server = Server("--api", *flags, str(tmp_path_factory.mktemp("user_data")), env=env)
+    server.wait_until_ready()
     yield server
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def web_ui_url() -> Iterator[str]:
+    """For the images: what the user runs beside the server."""
+    with run_server(WebUi().build_app()) as web_ui:
+        yield web_ui.url
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from modules.characters import to_character
+from modules.model_download import parse_model
 from modules.settings import PROJECT_ROOT, load_settings
 
 from .conftest import Server
@@ -42,7 +43,7 @@ def test_every_block_has_a_test_below() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where all of them run, in the README's order: some read what another has written."""
+    """Where all of them run, one after the other: some need the files of those before."""
     return tmp_path_factory.mktemp("readme")
 
 
@@ -50,9 +51,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_curl(server: Server, folder: Path, block: str) -> None:
     command = block.replace(DOCUMENTED_URL, server.url)
     result = subprocess.run(
-        ["bash", "-c", command], cwd=folder, capture_output=True, text=True, timeout=300, check=True
+        ["bash", "-c", command],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+        cwd=folder,
     )
-    if output := re.search(r" -o (\S+)", block):
+    if written := re.search(r"> (\S+\.png)$", block.strip()):
+        assert (folder / written[1]).read_bytes().startswith(b"\x89PNG")
+    elif output := re.search(r" -o (\S+)", block):
         assert (folder / output[1]).stat().st_size > 1000
         assert result.stdout == ""
     elif "response_format=srt" in block:
@@ -62,7 +70,7 @@ def test_curl(server: Server, folder: Path, block: str) -> None:
         assert done == "[DONE]"
         deltas = [json.loads(event)["choices"][0]["delta"] for event in events]
         assert "".join(delta.get("content", "") for delta in deltas).strip()
-    elif "/completions" not in block:
+    elif not re.match(r"curl \S+/completions", block):
         answer = json.loads(result.stdout)
         assert answer and "error" not in answer
     else:
@@ -102,6 +110,9 @@ def test_commands_are_understood(block: str, tmp_path: Path) -> None:
         if "server.py" in words or words[:2] == ["python3", "start.py"]:
             assert (PROJECT_ROOT / words[1]).is_file()
             verb = words[2:3] in (["test"], ["install"])
+            if words[2:3] == ["download"]:
+                assert parse_model(words[3])
+                continue
             load_settings(words[3 if verb else 2 :], {}, tmp_path)
 
 

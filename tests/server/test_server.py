@@ -210,6 +210,9 @@ def test_nothing_of_what_was_said_is_written(server: Server, http: httpx.Client)
     secret = "xylophone-manifesto"
     chat(http, messages=ask(secret), max_tokens=2)
     http.post("/v1/completions", json={"prompt": secret, "temperature": -1})
+    answer = http.post("/v1/embeddings", json={"input": [secret, f"{secret} " * 300]}).json()
+    assert answer["usage"]["truncated_inputs"] == 1
+    http.post("/v1/embeddings", json={"input": secret, "dimensions": 1000})
     assert "xylophone" not in server.output
 
 
