@@ -55,6 +55,8 @@ OPENAI_VOICES = (
 MAX_PHONEMES = 300
 # How voices spell sounds. Others need packages of their own, or files that would be downloaded.
 _PHONEME_TYPES = ("espeak", "text")
+# Enough for a sentence that is spoken just then.
+CLOSE_SECONDS = 5
 _CONTROL_CHARACTERS = dict.fromkeys((*range(32), 127), " ")
 
 
@@ -96,7 +98,7 @@ class SpeechSynthesizer:
     def close(self) -> None:
         """The text that is spoken ends with an error at its next sentence."""
         self._is_closed = True
-        self._worker.close()
+        self._worker.close(CLOSE_SECONDS)
 
     def _work(
         self, shelf: _Shelf, request: SpeechRequest, voice: FoundVoice

@@ -5,11 +5,9 @@ Where models come from and how they run is `whisper_models.py`' business.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,10 @@ from modules.whisper_models import (
     import_faster_whisper,
     to_language_name,
 )
-from modules.worker import Worker
+from modules.worker import Outlet, Worker
+
+# Enough for a window of 30 seconds that is heard just then.
+CLOSE_SECONDS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,30 +89,25 @@ class Transcriber:
         return Transcript(to_language_name(language), opening.duration, _only_segments(events))
 
     def close(self) -> None:
-        """The recording that is listened to ends with an error."""
+        """The recording that is listened to ends with an error at its next window."""
         self._is_closed = True
-        self._worker.close()
+        self._worker.close(CLOSE_SECONDS)
 
-    async def _listen(
+    def _listen(
         self, audio: bytes, model: str, hearing: Hearing
     ) -> AsyncGenerator[_Opening | Segment, None]:
-        is_left = threading.Event()
+        def work(shelf: _Shelf, outlet: Outlet[_Opening | Segment]) -> None:
+            def check() -> None:
+                if self._is_closed:
+                    raise CapabilityError("The server is shutting down.")
+                outlet.check()
 
-        def check() -> None:
-            if self._is_closed:
-                raise CapabilityError("The server is shutting down.")
-            if is_left.is_set():
-                raise _ClientLeftError
+            for event in self._hear(shelf, audio, model, hearing, check):
+                outlet.put(event)
 
-        work = partial(self._work, audio=audio, name=model, hearing=hearing, check=check)
-        try:
-            async with aclosing(self._worker.stream(work)) as events:
-                async for event in events:
-                    yield event
-        finally:
-            is_left.set()
+        return self._worker.stream_from(work)
 
-    def _work(
+    def _hear(
         self, shelf: _Shelf, audio: bytes, name: str, hearing: Hearing, check: Check
     ) -> Iterator[_Opening | Segment]:
         sound = decode(audio, self._settings.max_audio_minutes, check)
@@ -124,10 +120,6 @@ class Transcriber:
     def _open_shelf(self) -> _Shelf:
         import_faster_whisper()
         return _Shelf(self._settings.model_dir / conversions.FOLDER)
-
-
-class _ClientLeftError(Exception):
-    """Nobody hears of it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,7 @@ class Worker(Generic[Resource]):
         self._lock = threading.Lock()
         self._is_running = False
         self._is_closed = False
+        self._thread: threading.Thread | None = None
 
     def submit(self, work: Callable[[Resource], Result]) -> Future[Result]:
         """Have `work` done. The future raises what `load` and `work` raise.
@@ -61,7 +62,8 @@ class Worker(Generic[Resource]):
             self._jobs.append(job)
             if not self._is_running:
                 self._is_running = True
-                threading.Thread(target=self._run, name=self._name, daemon=True).start()
+                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                self._thread.start()
         return future
 
     async def run(self, work: Callable[[Resource], Result]) -> Result:
@@ -96,10 +98,17 @@ class Worker(Generic[Resource]):
             outlet.close()
             future.cancel()
 
-    def close(self) -> None:
-        """Refuse new jobs and leave out those that wait; the one that runs goes on to its end."""
+    def close(self, wait_seconds: float = 0) -> None:
+        """Refuse new jobs and leave out those that wait; the one that runs goes on to its end.
+
+        Waiting for that is for jobs that end soon: some libraries abort a process that exits while
+        one of its threads is in their code.
+        """
         with self._lock:
             self._is_closed = True
+            thread = self._thread
+        if thread is not None and wait_seconds:
+            thread.join(wait_seconds)
 
     def _get_resource(self) -> Resource:
         if self._is_closed:

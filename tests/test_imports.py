@@ -32,7 +32,7 @@ LAYERS = (
 # Modules of one layer that work together.
 SAME_LAYER_IS_FINE = {1, 2, 3, 4}
 LIBRARIES = {
-    "fastapi": {0, 4, 5},
+    "fastapi": {4, 5},
     "sse_starlette": {4, 5},
     "uvicorn": {5},
     "pydantic": {0, 4},

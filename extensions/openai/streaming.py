@@ -85,7 +85,7 @@ def send_events(
 ) -> Response:
     """As server-sent events, with `end` after them unless an error has ended them."""
     if settings.debug:
-        events = log_in_full(events)
+        events = _log_in_full(events)
     frames = to_frames(events, end, settings.debug)
     return EventSourceResponse(frames, headers=headers, sep="\n", ping=PING_SECONDS)
 
@@ -110,7 +110,7 @@ def choose_dialect(stream_format: str, user_agent: str) -> Dialect:
     return Dialect.CLASSIC if user_agent.startswith("python-requests/") else Dialect.OPENAI
 
 
-async def log_in_full(events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
+async def _log_in_full(events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
     """What OPENEDAI_DEBUG asks for; middleware.BodyLogMiddleware logs the requests."""
     async with aclosing(events):
         async for event in events:

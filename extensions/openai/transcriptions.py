@@ -1,5 +1,6 @@
 """POST /v1/audio/transcriptions and /translations: a recording → its text, in five formats."""
 
+import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Annotated, Any
@@ -12,7 +13,6 @@ from extensions.openai.responses import Json
 from extensions.openai.streaming import (
     CLIENT_CLOSED_REQUEST,
     Chunks,
-    log_in_full,
     run_while_connected,
     send_events,
 )
@@ -28,6 +28,8 @@ from extensions.openai.typing import (
 from modules.context import Context
 from modules.transcription import Segment, Transcript
 from modules.whisper_models import Hearing, VoiceDetection
+
+logger = logging.getLogger(__name__)
 
 
 def add_routes(router: APIRouter, context: Context) -> None:
@@ -64,12 +66,13 @@ async def _answer(
     chunks = _to_chunks(transcript.segments)
     if isinstance(body, TranscriptionRequest) and body.stream:
         return send_events(_to_events(chunks), context.settings)
-    if context.settings.debug:
-        chunks = log_in_full(chunks)
     heard = await run_while_connected(_collect(chunks), request.receive)
     if heard is None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
-    return _build_answer(body, transcript, heard)
+    answer = _build_answer(body, transcript, heard)
+    if context.settings.debug:
+        logger.warning("Reply: %s", bytes(answer.body).decode())
+    return answer
 
 
 def _to_detection(strategy: str | VoiceActivityDetection | None) -> VoiceDetection | None:

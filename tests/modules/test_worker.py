@@ -154,3 +154,23 @@ async def test_a_closed_worker_refuses_work() -> None:
 def test_a_package_that_is_missing_is_named() -> None:
     with pytest.raises(MissingPackageError, match="Numbers need the package py-numbers"):
         import_package("no_such_module", "Numbers", "py-numbers")
+
+
+async def test_closing_may_wait_for_the_job_that_runs() -> None:
+    worker = Worker("numbers", int)
+    is_started, is_over = threading.Event(), threading.Event()
+    finished: list[int] = []
+
+    def work(resource: int) -> None:
+        is_started.set()
+        assert is_over.wait(WAIT_SECONDS)
+        finished.append(resource)
+
+    future = worker.submit(work)
+    assert await asyncio.to_thread(is_started.wait, WAIT_SECONDS)
+    worker.close()
+    assert finished == []
+    is_over.set()
+    await asyncio.to_thread(worker.close, WAIT_SECONDS)
+    assert finished == [0]
+    assert future.done()
