@@ -180,7 +180,8 @@ def _broken(name: str, reason: str) -> NotConfiguredError:
 def fit(vectors: NDArray[Any], labels: NDArray[np.int8]) -> tuple[Regression, Floats]:
     """The regression, and of each of its examples the value that it gets without that one."""
     known = vectors.astype(np.float64)
-    whole: Floats = np.linalg.inv(_compare(known, known) + RIDGE * np.eye(len(known)))
+    ridge = RIDGE * np.eye(len(known))
+    whole = np.asarray(np.linalg.inv(_compare(known, known) + ridge), np.float64)
     weights = np.zeros(labels.shape)
     left_out = np.zeros(labels.shape)
     for category, targets in enumerate(labels.T.astype(np.float64)):
