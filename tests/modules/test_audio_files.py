@@ -86,7 +86,7 @@ def test_what_is_written_can_be_read(name: str) -> None:
         ("mp4", "aac", 44100, "stereo", False),
         ("mp4", "aac", 48000, "mono", True),
         ("webm", "libopus", 48000, "stereo", False),
-        ("matroska", "flac", 22050, "mono", False),
+        ("aiff", "pcm_s16be", 22050, "mono", False),
         ("wav", "pcm_s16le", 8000, "stereo", False),
         ("wav", "pcm_f32le", 96000, "mono", False),
         ("avi", "libmp3lame", 44100, "mono", True),

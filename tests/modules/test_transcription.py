@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,7 +55,7 @@ async def test_what_was_spoken_is_heard(transcriber: Transcriber) -> None:
     assert 0 <= times[0] < times[-1] <= transcript.duration
     assert [segment.index for segment in segments] == list(range(len(segments)))
     assert all(0 <= s.start < s.end <= transcript.duration for s in segments)
-    assert all(segment.token_ids and segment.temperature == 0 for segment in segments)
+    assert all(segment.token_ids and 0 <= segment.temperature <= 1 for segment in segments)
 
 
 async def test_words_are_only_timed_on_request(transcriber: Transcriber) -> None:
@@ -74,11 +75,22 @@ async def test_silence_can_be_left_out(transcriber: Transcriber) -> None:
     assert is_like("".join(segment.text for segment in heard))
 
 
-async def test_a_prompt_sets_the_style(transcriber: Transcriber) -> None:
-    """Of one without capitals and points, the text has none."""
-    prompt = "so we went there and then we came back and it was all good you know"
-    heard = await hear(transcriber, speak(), prompt=prompt)
-    assert "".join(s.text for s in heard).islower()
+async def test_a_prompt_stands_before_what_is_heard(
+    transcriber: Transcriber, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    cls = import_faster_whisper().WhisperModel
+    generate = cls.generate_with_fallback
+
+    def note_and_generate(model: Any, encoded: Any, prompt: list[int], *args: Any) -> Any:
+        read.append(model.hf_tokenizer.decode(prompt, skip_special_tokens=False))
+        return generate(model, encoded, prompt, *args)
+
+    monkeypatch.setattr(cls, "generate_with_fallback", note_and_generate)
+    await hear(transcriber, speak(), prompt="Kraków, <|endoftext|>")
+    assert read[0] == "<|startofprev|> Kraków, <|endoftext|><|startoftranscript|>"
+    await hear(transcriber, speak())
+    assert read[-1].startswith("<|startoftranscript|>")
 
 
 async def test_what_is_refused_is_refused_before_anything_is_heard(
