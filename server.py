@@ -10,6 +10,7 @@ import socket
 import ssl
 import sys
 import threading
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,8 @@ from modules.tunnel import Tunnel
 if TYPE_CHECKING:
     from modules.context import Context
     from modules.models import LoadedModel, ModelManager
+
+logger = logging.getLogger(__name__)
 
 # For clients to read the end of their answers after a signal, in seconds.
 SHUTDOWN_GRACE = 5
@@ -156,7 +159,7 @@ class _Server(uvicorn.Server):
         if not self.started:
             return
         _announce(self._url, self._settings)
-        self._services = [asyncio.ensure_future(run()) for run in self._context.services]
+        self._services = [asyncio.create_task(_serve(run)) for run in self._context.services]
         if self._tunnel is not None:  # Cloudflare is far away; until then the local address works
             threading.Thread(target=_open_tunnel, args=(self._tunnel,), daemon=True).start()
 
@@ -169,6 +172,14 @@ class _Server(uvicorn.Server):
         # Open generations end with a typed error, which their clients get to read.
         await asyncio.to_thread(self._context.close)
         await super().shutdown(sockets)
+
+
+async def _serve(run: Callable[[], Awaitable[None]]) -> None:
+    """One that fails ends alone; without its message, which may quote what it worked on."""
+    try:
+        await run()
+    except Exception as error:
+        logger.error("A service has ended: %s", type(error).__name__)
 
 
 def _announce(url: str, settings: Settings) -> None:

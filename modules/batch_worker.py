@@ -26,7 +26,7 @@ from modules.batch_queue import (
     Request,
 )
 from modules.errors import CapabilityError
-from modules.worker import lower_priority
+from modules.worker import CLOSE_SECONDS, SHUTTING_DOWN, lower_priority
 
 Input = TypeVar("Input")
 ModelInput = TypeVar("ModelInput", contravariant=True)
@@ -63,6 +63,7 @@ class BatchWorker(Generic[Input]):
         self._queue = BatchQueue()
         self._changed = threading.Condition()
         self._has_threads = False
+        self._threads: list[threading.Thread] = []
         self._is_closed = False
 
     async def run(self, inputs: Sequence[Input], *, is_background: bool = False) -> Computed:
@@ -84,16 +85,20 @@ class BatchWorker(Generic[Input]):
                     self._queue.remove(request)
 
     def close(self) -> None:
-        """Fail all that waits; what is computed just now goes on to its end, for nobody."""
+        """Fail all that waits. What is computed just now goes on to its end, for nobody, and is
+        waited for: see `Worker.close`.
+        """
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
-        self._fail(self._queue.requests, CapabilityError("The server is shutting down."))
+        self._fail(self._queue.requests, CapabilityError(SHUTTING_DOWN))
+        for thread in self._threads:
+            thread.join(CLOSE_SECONDS)
 
     def _add(self, request: Request[Input]) -> None:
         with self._changed:
             if self._is_closed:
-                raise CapabilityError("The server is shutting down.")
+                raise CapabilityError(SHUTTING_DOWN)
             self._queue.add(request)
             self._changed.notify()
             if not self._has_threads:
@@ -101,7 +106,9 @@ class BatchWorker(Generic[Input]):
                 self._start_thread(self._run_first)
 
     def _start_thread(self, run: Callable[[], None]) -> None:
-        threading.Thread(target=run, name=self._name, daemon=True).start()
+        thread = threading.Thread(target=run, name=self._name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
     def _run_first(self) -> None:
         num_threads = use_one_core()

@@ -32,9 +32,9 @@ class Context:
     reranker: Reranker
     moderation: Moderator
     images: Images
+    storage: Storage
     transcriber: Transcriber
     speech: SpeechSynthesizer
-    storage: Storage
     services: list[Callable[[], Awaitable[None]]] = field(default_factory=list)
     """Coroutine functions that run beside the requests, until they are cancelled: from when the
     server can be reached until it shuts down. An extension's `setup` may add some."""
@@ -45,9 +45,9 @@ class Context:
         self.embeddings.close()
         self.reranker.close()
         self.images.close()
-        self.models.unload()
         self.transcriber.close()
         self.speech.close()
+        self.models.unload()
         self.storage.close()
 
 
@@ -65,7 +65,7 @@ def build_context(
         reranker=Reranker(settings, embeddings),
         moderation=Moderator(settings, embeddings),
         images=Images(settings),
+        storage=Storage(settings),
         transcriber=Transcriber(settings),
         speech=SpeechSynthesizer(settings),
-        storage=Storage(settings),
     )

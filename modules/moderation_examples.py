@@ -179,17 +179,30 @@ def _broken(name: str, reason: str) -> NotConfiguredError:
 
 def fit(vectors: NDArray[Any], labels: NDArray[np.int8]) -> tuple[Regression, Floats]:
     """The regression, and of each of its examples the value that it gets without that one."""
-    known = vectors.astype(np.float64)
-    kernel = _compare(known, known)
+    known: Floats = vectors.astype(np.float64)
+    whole: Floats = np.asarray(
+        np.linalg.inv(_compare(known, known) + RIDGE * np.eye(len(known))), np.float64
+    )
     weights = np.zeros(labels.shape)
     left_out = np.zeros(labels.shape)
     for category, targets in enumerate(labels.T.astype(np.float64)):
         used = np.flatnonzero(targets)
-        inverse = np.linalg.inv(kernel[np.ix_(used, used)] + RIDGE * np.eye(len(used)))
+        inverse = _leave_out(whole, np.flatnonzero(targets == 0))[np.ix_(used, used)]
         weights[used, category] = inverse @ targets[used]
         errors = weights[used, category] / np.diag(inverse)
         left_out[used, category] = targets[used] - errors
     return Regression(known, weights), left_out
+
+
+def _leave_out(inverse: Floats, rows: NDArray[np.intp]) -> Floats:
+    """The inverse of a matrix without these rows and columns, which are 0 in it, from its own: by
+    the inverse of blocks, and much faster than inverting anew.
+    """
+    if not len(rows):
+        return inverse
+    inner = inverse[np.ix_(rows, rows)]
+    less: Floats = inverse - inverse[:, rows] @ np.linalg.solve(inner, inverse[rows])
+    return less
 
 
 def calibrate(values: Floats, labels: NDArray[np.int8]) -> Calibration:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 TextInput = str | tuple[int, ...]
 """A text, or token ids of the model's own."""
 PairInput = tuple[str, str]
-Input = TypeVar("Input")
 
 PACKAGE = "sentence-transformers"
 # What a batch costs before its first token is about 60 tokens' time on a CPU, and on a card, whose
@@ -87,11 +86,12 @@ class SentenceEncoder:
         """Raises InvalidRequestError for token ids that the model does not know."""
         if isinstance(given, str) or not given or isinstance(given[0], str):
             return given  # type: ignore[return-value]
-        unknown = next((each for each in given if not 0 <= each < len(self._tokenizer)), None)
+        vocab_size = _count_tokens(self._tokenizer)
+        unknown = next((each for each in given if not 0 <= each < vocab_size), None)
         if unknown is not None:
             raise InvalidRequestError(
                 f"Invalid value for 'input': Token id {unknown} is outside the vocabulary of "
-                f"{self.name}, which has {len(self._tokenizer)} tokens.",
+                f"{self.name}, which has {vocab_size} tokens.",
                 "input",
             )
         text: str = self._tokenizer.decode(list(given), skip_special_tokens=True)
@@ -137,6 +137,11 @@ class SentenceEncoder:
             for name, value in features.items()
         }
         return self._read_rows(self._model(moved))
+
+
+def _count_tokens(tokenizer: Any) -> int:
+    """Of transformers' tokenizers, or of the ones that they are made of."""
+    return len(tokenizer) if hasattr(tokenizer, "__len__") else tokenizer.get_vocab_size()
 
 
 def _is_tensor(value: Any) -> bool:

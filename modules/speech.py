@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 
 from modules.audio_files import AudioEncoder
 from modules.errors import (
-    CapabilityError,
     InvalidRequestError,
     ModelLoadError,
     NotConfiguredError,
@@ -55,8 +54,6 @@ OPENAI_VOICES = (
 MAX_PHONEMES = 300
 # How voices spell sounds. Others need packages of their own, or files that would be downloaded.
 _PHONEME_TYPES = ("espeak", "text")
-# Enough for a sentence that is spoken just then.
-CLOSE_SECONDS = 5
 _CONTROL_CHARACTERS = dict.fromkeys((*range(32), 127), " ")
 
 
@@ -84,7 +81,6 @@ class SpeechSynthesizer:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._worker = Worker("speech", _Shelf)
-        self._is_closed = False
 
     async def speak(self, request: SpeechRequest) -> AsyncGenerator[SpeechPiece, None]:
         """The file in pieces, at least one per sentence. Closing this ends the work at the next.
@@ -97,8 +93,7 @@ class SpeechSynthesizer:
 
     def close(self) -> None:
         """The text that is spoken ends with an error at its next sentence."""
-        self._is_closed = True
-        self._worker.close(CLOSE_SECONDS)
+        self._worker.close()
 
     def _work(
         self, shelf: _Shelf, request: SpeechRequest, voice: FoundVoice
@@ -110,8 +105,6 @@ class SpeechSynthesizer:
             raise InvalidRequestError("There is nothing in the text that can be spoken.", "input")
         encoder = AudioEncoder(request.format, loaded.sample_rate)
         for phonemes in sentences:
-            if self._is_closed:
-                raise CapabilityError("The server is shutting down.")
             sound = loaded.say(phonemes, request.speed, speaker_id)
             num_frames = len(sound) // loaded.hop_length
             yield SpeechPiece(encoder.encode(sound), len(phonemes), num_frames)

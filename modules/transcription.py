@@ -13,7 +13,6 @@ from typing import Any
 
 from modules import conversions
 from modules.audio_files import HEARING_RATE, decode
-from modules.errors import CapabilityError
 from modules.model_files import FoundModel
 from modules.settings import Settings
 from modules.whisper_models import (
@@ -27,9 +26,6 @@ from modules.whisper_models import (
     to_language_name,
 )
 from modules.worker import Outlet, Worker
-
-# Enough for a window of 30 seconds that is heard just then.
-CLOSE_SECONDS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +69,6 @@ class Transcriber:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._worker = Worker("transcription", self._open_shelf)
-        self._is_closed = False
 
     async def transcribe(self, audio: bytes, model: str, hearing: Hearing) -> Transcript:
         """Listen to the file `audio` with the model of that name, see `find_whisper`.
@@ -90,19 +85,13 @@ class Transcriber:
 
     def close(self) -> None:
         """The recording that is listened to ends with an error at its next window."""
-        self._is_closed = True
-        self._worker.close(CLOSE_SECONDS)
+        self._worker.close()
 
     def _listen(
         self, audio: bytes, model: str, hearing: Hearing
     ) -> AsyncGenerator[_Opening | Segment, None]:
         def work(shelf: _Shelf, outlet: Outlet[_Opening | Segment]) -> None:
-            def check() -> None:
-                if self._is_closed:
-                    raise CapabilityError("The server is shutting down.")
-                outlet.check()
-
-            for event in self._hear(shelf, audio, model, hearing, check):
+            for event in self._hear(shelf, audio, model, hearing, outlet.check):
                 outlet.put(event)
 
         return self._worker.stream_from(work)

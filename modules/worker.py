@@ -25,6 +25,9 @@ Result = TypeVar("Result")
 # Of Unix: with 10, a thread gets about a tenth of a core that one with 0 wants too. Somebody reads
 # what the model writes while it is written; what is done here arrives whole or ahead of its time.
 NICENESS = 10
+# How long the end of the server waits for a job.
+CLOSE_SECONDS = 5.0
+SHUTTING_DOWN = "The server is shutting down."
 MAX_THREADS = 4
 
 
@@ -37,9 +40,8 @@ class Worker(Generic[Resource]):
         self._resource: Resource | None = None
         self._jobs: deque[Callable[[], None]] = deque()
         self._lock = threading.Lock()
-        self._is_running = False
-        self._is_closed = False
         self._thread: threading.Thread | None = None
+        self._is_closed = threading.Event()
 
     def submit(self, work: Callable[[Resource], Result]) -> Future[Result]:
         """Have `work` done. The future raises what `load` and `work` raise.
@@ -57,11 +59,10 @@ class Worker(Generic[Resource]):
                 future.set_exception(error)
 
         with self._lock:
-            if self._is_closed:
-                raise CapabilityError("The server is shutting down.")
+            if self._is_closed.is_set():
+                raise CapabilityError(SHUTTING_DOWN)
             self._jobs.append(job)
-            if not self._is_running:
-                self._is_running = True
+            if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
                 self._thread.start()
         return future
@@ -87,7 +88,7 @@ class Worker(Generic[Resource]):
         self, work: Callable[[Resource, Outlet[Result]], None]
     ) -> AsyncGenerator[Result, None]:
         """As `stream`, for work that is called back and cannot yield."""
-        outlet: Outlet[Result] = Outlet()
+        outlet: Outlet[Result] = Outlet(self._is_closed)
         future = self.submit(lambda resource: work(resource, outlet))
         future.add_done_callback(lambda _: outlet.end())
         try:
@@ -98,21 +99,21 @@ class Worker(Generic[Resource]):
             outlet.close()
             future.cancel()
 
-    def close(self, wait_seconds: float = 0) -> None:
-        """Refuse new jobs and leave out those that wait; the one that runs goes on to its end.
+    def close(self) -> None:
+        """Refuse new jobs, leave out those that wait, and end streams at their next item; then wait
+        for the job that runs, but not for long.
 
-        Waiting for that is for jobs that end soon: some libraries abort a process that exits while
-        one of its threads is in their code.
+        Some libraries abort a process that exits while one of its threads is in their code.
         """
         with self._lock:
-            self._is_closed = True
+            self._is_closed.set()
             thread = self._thread
-        if thread is not None and wait_seconds:
-            thread.join(wait_seconds)
+        if thread is not None:
+            thread.join(CLOSE_SECONDS)
 
     def _get_resource(self) -> Resource:
-        if self._is_closed:
-            raise CapabilityError("The server is shutting down.")
+        if self._is_closed.is_set():
+            raise CapabilityError(SHUTTING_DOWN)
         if self._resource is None:
             self._resource = self._load()
         return self._resource
@@ -122,7 +123,7 @@ class Worker(Generic[Resource]):
         while True:
             with self._lock:
                 if not self._jobs:
-                    self._is_running = False
+                    self._thread = None
                     return
                 job = self._jobs.popleft()
             job()
@@ -131,17 +132,22 @@ class Worker(Generic[Resource]):
 class Outlet(Generic[Result]):
     """Where work puts what it makes: from its own thread, for one that waits on the event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_shutting_down: threading.Event) -> None:
         self._loop = asyncio.get_running_loop()
         self._inbox: asyncio.Queue[Result | None] = asyncio.Queue()
         self._is_closed = threading.Event()
+        self._is_shutting_down = is_shutting_down
 
     # In the worker's thread
 
     def check(self) -> None:
-        """Raises OutletClosedError, which the work should let pass, if nobody waits any more."""
+        """Raises OutletClosedError if nobody waits any more, and CapabilityError if the server is
+        shutting down; the work should let both pass.
+        """
         if self._is_closed.is_set():
             raise OutletClosedError
+        if self._is_shutting_down.is_set():
+            raise CapabilityError(SHUTTING_DOWN)
 
     def put(self, item: Result) -> None:
         """Raises what `check` raises."""

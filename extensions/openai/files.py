@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, Form, Query, Response, UploadFile
+from fastapi import APIRouter, Form, Query, Response
 from fastapi.responses import FileResponse, JSONResponse
 
 from extensions.openai.responses import build_deleted_file, build_file, build_page
@@ -11,8 +11,8 @@ from extensions.openai.typing import (
     File,
     FileId,
     FileList,
-    FileOptions,
     FilePurpose,
+    FileUpload,
     Order,
 )
 from modules.context import Context
@@ -20,15 +20,11 @@ from modules.context import Context
 MAX_NAME_CHARS = 512
 
 
-class FileForm(FileOptions):
-    file: UploadFile
-
-
 def add_routes(router: APIRouter, context: Context) -> None:
     storage = context.storage
 
     @router.post("/v1/files", tags=["Files"], responses={200: {"model": File}})
-    async def upload_file(form: Annotated[FileForm, Form()]) -> Response:
+    async def upload_file(form: Annotated[FileUpload, Form()]) -> Response:
         """Keep a file. Its name is kept with it, and is no path."""
         content = await form.file.read()
         name = (form.file.filename or "file")[:MAX_NAME_CHARS]

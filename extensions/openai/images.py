@@ -1,5 +1,6 @@
 """POST /v1/images/*: pictures from words, from a picture and words, and like a picture."""
 
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Annotated
 
@@ -16,7 +17,7 @@ from extensions.openai.responses import (
     build_image_list,
     build_image_usage,
 )
-from extensions.openai.streaming import Chunks, Events, JsonAnswer, send_events, send_json
+from extensions.openai.streaming import Chunks, JsonAnswer, send_events, send_json
 from modules.context import Context
 from modules.errors import InvalidRequestError
 from modules.image_backend import FinishedImage, ImageFormat, ImageOptions, OutputFormat, Size
@@ -149,7 +150,7 @@ async def _to_chunks(events: ImageEvents, body: wire.StreamedImageOptions, kind:
             yield build_image_event(f"{kind}.{name}", image, body.output_format, size, quality, own)
 
 
-async def _to_frames(chunks: Chunks) -> Events:
+async def _to_frames(chunks: Chunks) -> AsyncGenerator[bytes, None]:
     """Events with names, as OpenAI's of this kind are, and with files in them."""
     async with aclosing(chunks):
         async for chunk in chunks:

@@ -14,8 +14,8 @@ from modules.context import Context
 from modules.errors import InvalidRequestError
 from modules.moderation import THRESHOLD, Moderation
 
-# A book has as many. They are judged while others wait for their turn.
-MAX_CHARS = 1_000_000
+# Some forty thousand words, in thousands of windows; others take their turns meanwhile.
+MAX_CHARS = 250_000
 
 
 def add_routes(router: APIRouter, context: Context) -> None:

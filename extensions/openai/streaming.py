@@ -25,8 +25,8 @@ from modules.settings import Settings
 logger = logging.getLogger(__name__)
 
 Chunks = AsyncGenerator[Json, None]
-Events = AsyncGenerator[Json, None] | AsyncGenerator[Json | bytes, None]
-"""What is bytes is a frame already."""
+# One that is bytes is a frame already.
+Event = TypeVar("Event", Json, bytes)
 Result = TypeVar("Result")
 
 PING_SECONDS = 15
@@ -77,7 +77,7 @@ async def send(
 
 
 def send_events(
-    events: Events,
+    events: AsyncGenerator[Event, None],
     settings: Settings,
     *,
     end: bytes = b"",
@@ -110,7 +110,7 @@ def choose_dialect(stream_format: str, user_agent: str) -> Dialect:
     return Dialect.CLASSIC if user_agent.startswith("python-requests/") else Dialect.OPENAI
 
 
-async def _log_in_full(events: Events) -> Events:
+async def _log_in_full(events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
     """What OPENEDAI_DEBUG asks for; middleware.BodyLogMiddleware logs the requests."""
     async with aclosing(events):
         async for event in events:
@@ -122,7 +122,9 @@ async def _log_in_full(events: Events) -> Events:
 # Streams
 
 
-async def to_frames(events: Events, end: bytes, debug: bool) -> AsyncGenerator[bytes, None]:
+async def to_frames(
+    events: AsyncGenerator[Event, None], end: bytes, debug: bool
+) -> AsyncGenerator[bytes, None]:
     try:
         async with aclosing(events):
             async for event in events:

@@ -46,10 +46,10 @@ MAX_NAMED_TOKENS = 2**18
 MAX_DRY_BREAKERS = 64
 MAX_DRY_BREAKER_CHARS = 100
 MAX_NUM_BEAMS = 64
+MAX_SPEECH_CHARS = 4096
 # Of texts to embed or to compare: as many as OpenAI takes, and some novels together.
 MAX_INPUTS = 2048
 MAX_INPUT_CHARS = 10_000_000
-MAX_SPEECH_CHARS = 4096
 
 # Known fields that change the meaning of an answer and are not implemented yet, each with the
 # values that ask for nothing. Any other is refused: better no answer than one to another question.
@@ -1100,6 +1100,32 @@ class PresetList(BaseModel):
     preset_names: list[str]
 
 
+# Forms
+
+
+class FormModel(WireModel):
+    """Of a form, whose fields are all text: "1" is a number, and an empty text is the default."""
+
+    model_config = ConfigDict(strict=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_empty(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return {name: value for name, value in data.items() if value != ""}
+
+
+def _check_upload(value: Any) -> UploadFile:
+    if not isinstance(value, UploadFile):
+        raise PydanticCustomError("file_type", "Input should be a file")
+    return value
+
+
+UploadField = Annotated[Any, WithJsonSchema({"type": "string", "format": "binary"})]
+Upload = Annotated[UploadField, AfterValidator(_check_upload)]
+
+
 # Files
 
 
@@ -1112,9 +1138,10 @@ BatchId = Annotated[str, Field(pattern=r"^batch_[0-9a-f]{32}$")]
 Order = Literal["asc", "desc"]
 
 
-class FileOptions(WireModel):
-    """What comes with an upload, as fields of a form."""
+class FileUpload(FormModel):
+    """A form with a file."""
 
+    file: Upload = Field(description="What to keep.")
     purpose: Literal["assistants", "batch", "evals", "fine-tune", "user_data", "vision"] = Field(
         description="`batch` for the input of a batch. Otherwise it is only kept."
     )
@@ -1126,7 +1153,6 @@ class FileOptions(WireModel):
     seconds: SecondsOfLife | None = Field(
         default=None,
         alias="expires_after[seconds]",
-        strict=False,  # a form has only texts
         description="Delete the file after so many seconds. Left out: never.",
     )
 
@@ -1514,12 +1540,6 @@ def _check_image_size(size: str) -> str:
     return size
 
 
-def _check_upload(value: Any) -> UploadFile:
-    if not isinstance(value, UploadFile):
-        raise PydanticCustomError("upload", "Input should be a file, not a text")
-    return value
-
-
 def _check_only_upload(values: list[Any]) -> list[UploadFile]:
     if len(values) > 1:
         raise PydanticCustomError("uploads", "Only one image can be edited at a time")
@@ -1530,8 +1550,6 @@ ImagePrompt = Annotated[str, Field(max_length=MAX_IMAGE_PROMPT_CHARS)]
 ImageSize = Annotated[str, AfterValidator(_check_image_size)]
 NumImages = Annotated[int, Field(ge=1, le=MAX_IMAGES), BeforeValidator(_to_int)]
 ImageStrength = Annotated[float, Field(ge=0.01, le=1)]
-UploadField = Annotated[Any, WithJsonSchema({"type": "string", "format": "binary"})]
-Upload = Annotated[UploadField, AfterValidator(_check_upload)]
 
 
 class ImageOptions(WireModel):
@@ -1638,11 +1656,8 @@ class ImageGenerationRequest(StreamedImageOptions):
     )
 
 
-class ImageEditRequest(StreamedImageOptions):
+class ImageEditRequest(StreamedImageOptions, FormModel):
     """Change an image, or a part of it, by words. A form; unknown fields are ignored."""
-
-    # A form has nothing but text.
-    model_config = ConfigDict(strict=False)
 
     image: Annotated[list[UploadField], AfterValidator(_check_only_upload)] = Field(
         description="The image: PNG, JPEG or WebP. Without a mask, what is transparent in it is "
@@ -1660,10 +1675,8 @@ class ImageEditRequest(StreamedImageOptions):
     )
 
 
-class ImageVariationRequest(ImageOptions):
+class ImageVariationRequest(ImageOptions, FormModel):
     """Make images like another one. A form; unknown fields are ignored."""
-
-    model_config = ConfigDict(strict=False)
 
     image: Upload = Field(description="The image: PNG, JPEG or WebP.")
     denoising_strength: ImageStrength | None = Field(
@@ -1699,75 +1712,7 @@ class ImageList(BaseModel):
     size: str = Field(description="WIDTHxHEIGHT.")
 
 
-# Older programs
-
-
-class SearchRequest(WireModel):
-    """Order documents by how near they are to a query, as OpenAI's first API did."""
-
-    model_config = _example(
-        {"documents": ["White House", "hospital", "school"], "query": "the president"}
-    )
-
-    documents: Documents = Field(description=f"Texts, at most {MAX_INPUTS}.")
-    query: Query = Field(description="What is looked for.")
-    model: str | None = Field(default=None, description="Any name: the embedding model answers.")
-    max_rerank: NumResults = Field(default=200, description="Return at most so many, the best.")
-    return_metadata: bool = Field(
-        default=False, description="Accepted and not used: these documents have none."
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_files(cls, data: Any) -> Any:
-        file = data.get("file") if isinstance(data, dict) else None
-        if file is not None:
-            _refuse("file", "Documents cannot be taken from a file; send them as documents", file)
-        return data
-
-
-class SearchResult(BaseModel):
-    object: Literal["search_result"]
-    document: int = Field(description="Its index in the request.")
-    score: float = Field(description="The cosine, from -1 to 1.")
-
-
-class SearchResultList(BaseModel):
-    object: Literal["list"]
-    data: list[SearchResult]
-    model: str
-
-
-class Engine(BaseModel):
-    id: str
-    object: Literal["engine"]
-    owner: str
-    ready: bool = Field(description="Whether it is loaded.")
-
-
-class EngineList(BaseModel):
-    object: Literal["list"]
-    data: list[Engine]
-
-
-class BillingUsage(BaseModel):
-    total_usage: int = Field(description="It costs nothing.")
-
-
 # Audio
-
-
-class FormModel(WireModel):
-    """Of a form, whose fields are all text: "1" is a number, and an empty text is the default."""
-
-    model_config = ConfigDict(strict=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _leave_out_empty(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        return {name: value for name, value in data.items() if value != ""}
 
 
 class VoiceActivityDetection(FormModel):
@@ -1958,3 +1903,58 @@ class SpeechRequest(WireModel):
     instructions: str = Field(
         default="", description="Passed over, as OpenAI's tts-1 does: a voice has one manner."
     )
+
+
+# Older programs
+
+
+class SearchRequest(WireModel):
+    """Order documents by how near they are to a query, as OpenAI's first API did."""
+
+    model_config = _example(
+        {"documents": ["White House", "hospital", "school"], "query": "the president"}
+    )
+
+    documents: Documents = Field(description=f"Texts, at most {MAX_INPUTS}.")
+    query: Query = Field(description="What is looked for.")
+    model: str | None = Field(default=None, description="Any name: the embedding model answers.")
+    max_rerank: NumResults = Field(default=200, description="Return at most so many, the best.")
+    return_metadata: bool = Field(
+        default=False, description="Accepted and not used: these documents have none."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_files(cls, data: Any) -> Any:
+        file = data.get("file") if isinstance(data, dict) else None
+        if file is not None:
+            _refuse("file", "Documents cannot be taken from a file; send them as documents", file)
+        return data
+
+
+class SearchResult(BaseModel):
+    object: Literal["search_result"]
+    document: int = Field(description="Its index in the request.")
+    score: float = Field(description="The cosine, from -1 to 1.")
+
+
+class SearchResultList(BaseModel):
+    object: Literal["list"]
+    data: list[SearchResult]
+    model: str
+
+
+class Engine(BaseModel):
+    id: str
+    object: Literal["engine"]
+    owner: str
+    ready: bool = Field(description="Whether it is loaded.")
+
+
+class EngineList(BaseModel):
+    object: Literal["list"]
+    data: list[Engine]
+
+
+class BillingUsage(BaseModel):
+    total_usage: int = Field(description="It costs nothing.")

@@ -25,6 +25,7 @@ from modules.errors import (
     NotConfiguredError,
 )
 from modules.model_files import ModelKind, find_bundled
+from modules.sentence_encoders import TextInput
 from modules.settings import Settings
 from tests.fakes import VOCAB_SIZE, build_tokenizer
 
@@ -125,7 +126,7 @@ async def test_a_short_name_and_a_whole_one_are_the_same(name: str, embedder: Em
     np.testing.assert_allclose(by_name.vectors, by_short_name.vectors, atol=2e-6)
 
 
-async def embed_once(path: Path, *texts: str, **settings: Any) -> Any:
+async def embed_once(path: Path, *texts: TextInput, **settings: Any) -> Any:
     embedder = Embedder(Settings(embedding_model=str(path), **settings))
     try:
         return await embedder.embed(texts)
@@ -201,8 +202,10 @@ async def test_a_model_without_layers(tmp_path: Path, reference: Any) -> None:
     SentenceTransformer(modules=[module], device="cpu").save(str(tmp_path))
     assert not (tmp_path / "config.json").exists()
     await check(tmp_path)
-    embedded = await embed_once(tmp_path, "hello world")
-    assert embedded.num_tokens == (2,)
+    by_text = await embed_once(tmp_path, "hello world")
+    assert by_text.num_tokens == (2,)
+    by_ids = await embed_once(tmp_path, (7592, 2088))
+    np.testing.assert_allclose(by_ids.vectors, by_text.vectors, atol=2e-6)
 
 
 # What fails, fails at the request

@@ -271,7 +271,7 @@ async def test_whoever_leaves_ends_it_at_the_next_sentence(
 async def test_a_shutdown_ends_it_with_an_error(
     synthesizer: SpeechSynthesizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("modules.speech.CLOSE_SECONDS", 0)  # the gate is still closed
+    monkeypatch.setattr("modules.worker.CLOSE_SECONDS", 0)  # the gate is still closed
     gate = Gate(monkeypatch, num_free=1)
     pieces = await synthesizer.speak(say(TEXT))
     synthesizer.close()

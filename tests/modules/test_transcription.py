@@ -169,7 +169,7 @@ async def test_segments_come_while_the_rest_is_not_heard_yet(
 async def test_a_shutdown_ends_it_with_an_error(
     transcriber: Transcriber, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("modules.transcription.CLOSE_SECONDS", 0)  # the gate is still closed
+    monkeypatch.setattr("modules.worker.CLOSE_SECONDS", 0)  # the gate is still closed
     gate = Gate(monkeypatch)
     transcript = await open_long(transcriber)
     await anext(transcript.segments)

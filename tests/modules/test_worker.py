@@ -131,6 +131,14 @@ async def test_a_job_that_nobody_waits_for_any_more_is_left_out() -> None:
         second.result(WAIT_SECONDS)
 
 
+async def refuse(worker: Worker[int]) -> None:
+    """Until it does: it is being closed in another thread."""
+    async with asyncio.timeout(WAIT_SECONDS):
+        while True:
+            worker.submit(str).cancel()
+            await asyncio.sleep(0)
+
+
 async def test_a_closed_worker_refuses_work() -> None:
     worker = Worker("numbers", int)
     begun, go = threading.Event(), threading.Event()
@@ -142,9 +150,12 @@ async def test_a_closed_worker_refuses_work() -> None:
     first = worker.submit(work)
     waiting = worker.submit(str)
     assert await asyncio.to_thread(begun.wait, WAIT_SECONDS)
-    worker.close()
+    closing = asyncio.create_task(asyncio.to_thread(worker.close))
+    with pytest.raises(CapabilityError, match="shutting down"):
+        await refuse(worker)
     go.set()
     assert await asyncio.wrap_future(first) is True
+    await closing
     with pytest.raises(CapabilityError, match="shutting down"):
         await asyncio.wrap_future(waiting)
     with pytest.raises(CapabilityError, match="shutting down"):
@@ -156,7 +167,7 @@ def test_a_package_that_is_missing_is_named() -> None:
         import_package("no_such_module", "Numbers", "py-numbers")
 
 
-async def test_closing_may_wait_for_the_job_that_runs() -> None:
+async def test_closing_waits_for_the_job_that_runs() -> None:
     worker = Worker("numbers", int)
     is_started, is_over = threading.Event(), threading.Event()
     finished: list[int] = []
@@ -168,9 +179,34 @@ async def test_closing_may_wait_for_the_job_that_runs() -> None:
 
     future = worker.submit(work)
     assert await asyncio.to_thread(is_started.wait, WAIT_SECONDS)
-    worker.close()
-    assert finished == []
+    closing = asyncio.create_task(asyncio.to_thread(worker.close))
+    with pytest.raises(CapabilityError, match="shutting down"):
+        await refuse(worker)
+    assert not closing.done()
     is_over.set()
-    await asyncio.to_thread(worker.close, WAIT_SECONDS)
+    await closing
     assert finished == [0]
     assert future.done()
+
+
+async def test_closing_ends_a_stream_at_its_next_item() -> None:
+    worker = Worker("numbers", int)
+    is_closing = threading.Event()
+    made: list[int] = []
+
+    def work(resource: int) -> Iterator[int]:
+        for number in range(1000):
+            made.append(number)
+            yield number
+            assert is_closing.wait(WAIT_SECONDS)
+
+    stream = worker.stream(work)
+    assert await anext(stream) == 0
+    closing = asyncio.create_task(asyncio.to_thread(worker.close))
+    with pytest.raises(CapabilityError, match="shutting down"):
+        await refuse(worker)
+    is_closing.set()
+    with pytest.raises(CapabilityError, match="shutting down"):
+        await anext(stream)
+    await closing
+    assert made == [0, 1]

@@ -4,10 +4,15 @@ Run by test_old_client.py in a process of its own, as another openai is installe
 what it got as JSON: {name of the call: answer}.
 """
 
+import base64
+import io
 import json
 import sys
 
 import openai
+import requests
+
+TEXT = "The weather is nice today. We will walk along the river."
 
 
 def main(base_url: str) -> None:
@@ -79,6 +84,34 @@ def moderate():
     return openai.Moderation.create(["I will kill you.", "What a lovely day."])
 
 
+def make_images():
+    """Words → an image → an edit of it, and one like it; each as the bytes of a file."""
+    options = {"size": "64x64", "response_format": "b64_json"}
+    images = [openai.Image.create(prompt="A lighthouse", n=2, **options)]
+    image = base64.b64decode(images[0]["data"][0]["b64_json"])
+    images.append(openai.Image.create_edit(image=image, prompt="In a storm", **options))
+    images.append(openai.Image.create_variation(image=image, **options))
+    return images
+
+
+def speak_and_hear():
+    """This client does not know speech: it asks as any program would."""
+    body = {"model": "tts-1", "voice": "alloy", "input": TEXT}
+    answer = requests.post(f"{openai.api_base}/audio/speech", json=body, timeout=100)
+    answer.raise_for_status()
+
+    def recording():
+        file = io.BytesIO(answer.content)
+        file.name = "speech.mp3"
+        return file
+
+    return {
+        "transcript": openai.Audio.transcribe("whisper-1", recording()),
+        "translation": openai.Audio.translate("whisper-1", recording()),
+        "vtt": openai.Audio.transcribe("whisper-1", recording(), response_format="vtt"),
+    }
+
+
 def edit():
     try:
         openai.Edit.create(model="any", instruction="Correct it.", input="teh")
@@ -119,6 +152,8 @@ CALLS = {
     "Engine.embeddings": embed_by_engine,
     "search": search,
     "Moderation.create": moderate,
+    "Image": make_images,
+    "Audio": speak_and_hear,
     "Edit.create": edit,
     "File": keep_file,
     "FineTune.create": fine_tune,

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import openai
 import pytest
 
-from modules.settings import PROJECT_ROOT
 from tests.recordings import TEXT, is_like
 
 from .conftest import Server
 
 pytestmark = pytest.mark.server
-
-OLD_CLIENT = PROJECT_ROOT / ".venv" / "openai-0.28"
 
 
 @pytest.fixture(scope="module")
@@ -99,29 +93,6 @@ def test_errors(client: openai.OpenAI, recording: Path) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.audio.speech.create(model="tts-1", voice="nobody", input="Hello")
     assert caught.value.param == "voice"
-
-
-def test_the_old_client(server: Server, recording: Path) -> None:
-    program = """
-import sys
-import openai
-assert openai.__version__.startswith("0."), openai.__version__
-openai.api_base, openai.api_key = sys.argv[1], "none"
-print(openai.Audio.transcribe("whisper-1", open(sys.argv[2], "rb"))["text"])
-print(openai.Audio.translate("whisper-1", open(sys.argv[2], "rb"))["text"])
-print(openai.Audio.transcribe("whisper-1", open(sys.argv[2], "rb"), response_format="vtt"))
-"""
-    result = subprocess.run(
-        [sys.executable, "-c", program, f"{server.url}/v1", str(recording)],
-        env={**os.environ, "PYTHONPATH": str(OLD_CLIENT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr
-    transcript, translation, vtt = result.stdout.split("\n", 2)
-    assert is_like(transcript) and is_like(translation)
-    assert vtt.startswith("WEBVTT\n\n00:00:00.000 --> ")
 
 
 def test_nothing_of_it_is_logged(server: Server, recording: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import subprocess
@@ -101,6 +102,21 @@ def test_moderations(results: Results) -> None:
     assert threat["flagged"] is True
     assert threat["categories"]["harassment/threatening"] is True
     assert harmless["flagged"] is False
+
+
+def test_images(results: Results) -> None:
+    counts = [len(answer["data"]) for answer in results["Image"]]
+    assert counts == [2, 1, 1]
+    for answer in results["Image"]:
+        for image in answer["data"]:
+            assert base64.b64decode(image["b64_json"]).startswith(b"\x89PNG")
+
+
+def test_audio(results: Results) -> None:
+    audio = results["Audio"]
+    for answer in (audio["transcript"], audio["translation"]):
+        assert "walk along the river" in answer["text"]
+    assert audio["vtt"].startswith("WEBVTT\n\n00:00:00.000 --> ")
 
 
 def test_edits_are_gone(results: Results) -> None:
