@@ -43,7 +43,7 @@ def decode(data: bytes, max_minutes: float, check: Callable[[], None]) -> NDArra
         with _open(av, data) as container:
             stream = _find_sound(container)
             pieces += _resample(av, _read_frames(av, container, stream, check), max_minutes)
-    except av.FFmpegError as error:
+    except (av.FFmpegError, IndexError, OSError, ValueError) as error:  # PyAV's own too
         raise InvalidRequestError(_UNREADABLE, "file") from error
     return _join(pieces)
 

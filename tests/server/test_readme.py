@@ -60,7 +60,7 @@ def test_curl(server: Server, folder: Path, block: str) -> None:
     )
     if written := re.search(r"> (\S+\.png)$", block.strip()):
         assert (folder / written[1]).read_bytes().startswith(b"\x89PNG")
-    elif output := re.search(r" -o (\S+)", block):
+    elif output := re.search(r" -o (\S+)$", block.strip()):
         assert (folder / output[1]).stat().st_size > 1000
         assert result.stdout == ""
     elif "response_format=srt" in block:
