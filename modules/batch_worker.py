@@ -111,32 +111,25 @@ class BatchWorker(Generic[Input]):
         thread.start()
 
     def _run_first(self) -> None:
-        num_threads = use_one_core()
         lower_priority()
-        model = self._load_model()
-        if model is None:
+        try:
+            num_threads = use_one_core()
+            model = self._model = self._load()
+        except BaseException as error:  # the edge of the thread: whoever waits hears of it
+            with self._changed:
+                self._has_threads = False  # the next request starts another thread
+                waiting = self._queue.requests
+                self._fail(waiting, error)
             return
         for _ in range(1 if model.is_on_card else num_threads, 1, -1):
             self._start_thread(self._run_other)
         self._work(model)
 
     def _run_other(self) -> None:
-        use_one_core()
         lower_priority()
+        use_one_core()
         assert self._model is not None
         self._work(self._model)
-
-    def _load_model(self) -> BatchModel[Input] | None:
-        """None if it has failed: then the next request starts another thread."""
-        try:
-            self._model = self._load()
-        except BaseException as error:  # the edge of the thread: whoever waits hears of it
-            with self._changed:
-                self._has_threads = False
-                waiting = self._queue.requests
-                self._fail(waiting, error)
-            return None
-        return self._model
 
     def _work(self, model: BatchModel[Input]) -> None:
         while True:

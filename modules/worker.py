@@ -25,6 +25,7 @@ Result = TypeVar("Result")
 # Of Unix: with 10, a thread gets about a tenth of a core that one with 0 wants too. Somebody reads
 # what the model writes while it is written; what is done here arrives whole or ahead of its time.
 NICENESS = 10
+LEAST_PRIORITY = 19
 # How long the end of the server waits for a job.
 CLOSE_SECONDS = 5.0
 SHUTTING_DOWN = "The server is shutting down."
@@ -178,7 +179,9 @@ class OutletClosedError(Exception):
 def lower_priority() -> None:
     """Let this thread, and those that it starts, give way to the other ones of this process."""
     if sys.platform == "linux":  # elsewhere, niceness is the whole process' own
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+        wished = min(os.getpriority(os.PRIO_PROCESS, os.getpid()) + NICENESS, LEAST_PRIORITY)
+        own = os.getpriority(os.PRIO_PROCESS, 0)
+        os.setpriority(os.PRIO_PROCESS, 0, max(own, wished))  # only root may ask for more
 
 
 def count_threads() -> int:

@@ -4,6 +4,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
 from enum import Enum
+from typing import Any
 
 from fastapi import APIRouter, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
@@ -21,6 +22,7 @@ from extensions.openai.typing import (
     CompletionRequest,
     Engine,
     EngineList,
+    ErrorResponse,
     GenerateRequest,
 )
 from modules.context import Context
@@ -61,8 +63,12 @@ def add_routes(router: APIRouter, context: Context) -> None:
         answer = _name_data(await answer_completion(context, body))
         return await streaming.send(answer, request, body, context.settings)
 
-    @router.post("/v1/edits", tags=TAGS)
-    @router.post(f"{ENGINE}/edits", tags=TAGS)
+    gone: dict[int | str, dict[str, Any]] = {
+        410: {"model": ErrorResponse, "description": "It is gone."}
+    }
+
+    @router.post("/v1/edits", tags=TAGS, status_code=410, responses=gone)
+    @router.post(f"{ENGINE}/edits", tags=TAGS, status_code=410, responses=gone)
     async def create_edit() -> Response:
         """There are no edits any more."""
         message = "Edits have been removed. Use /v1/chat/completions instead."

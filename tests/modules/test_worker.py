@@ -7,13 +7,13 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 
 import pytest
 
 from modules.errors import CapabilityError, MissingPackageError
 from modules.optional_packages import import_package
-from modules.worker import NICENESS, Worker
+from modules.worker import LEAST_PRIORITY, NICENESS, Worker
 
 pytestmark = pytest.mark.anyio
 
@@ -69,8 +69,21 @@ async def test_jobs_run_one_after_the_other_in_a_thread_that_ends_with_them() ->
 @pytest.mark.skipif(sys.platform != "linux", reason="niceness is the whole process' elsewhere")
 async def test_it_gives_way_to_the_other_threads() -> None:
     nice = await Worker("numbers", int).run(lambda _: os.getpriority(os.PRIO_PROCESS, 0))
-    assert nice == NICENESS
-    assert os.getpriority(os.PRIO_PROCESS, 0) < NICENESS
+    assert nice == min(os.getpriority(os.PRIO_PROCESS, 0) + NICENESS, LEAST_PRIORITY)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="niceness is the whole process' elsewhere")
+@pytest.mark.parametrize("nice", [15, 19])
+async def test_who_has_little_priority_keeps_it(nice: int) -> None:
+    """Nobody but root may ask for more of it again."""
+
+    def start_worker() -> int:
+        os.setpriority(os.PRIO_PROCESS, 0, nice)
+        worker = Worker("numbers", int)
+        return worker.submit(lambda _: os.getpriority(os.PRIO_PROCESS, 0)).result(WAIT_SECONDS)
+
+    with ThreadPoolExecutor(1) as executor:
+        assert executor.submit(start_worker).result(WAIT_SECONDS) == nice
 
 
 async def test_a_stream_arrives_item_by_item() -> None:
