@@ -41,8 +41,8 @@ CARD_LIMITS = BatchLimits(max_items=256, max_tokens=16384, max_padding=2048)
 # Of a text, so much is cut into tokens for each that the model reads; an English word has five
 # characters. Cutting up the rest would take time, only to throw it away.
 CHARS_PER_TOKEN = 64
-# Two texts share what the model reads, and the library makes every combination of what is over.
-PAIR_CHARS_PER_TOKEN = 32
+# Less of two texts: the library makes every combination of what is over of the one and the other.
+PAIR_CHARS_PER_TOKEN = 16
 # How far from there an end of a word is looked for.
 LONGEST_WORD = 128
 
