@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +39,12 @@ class Embedder:
         """
         computed = await self._worker.run(texts, is_background=is_background)
         return Embedded(computed.rows, computed.num_tokens, computed.num_truncated, self._name)
+
+    def is_called(self, name: str) -> bool:
+        """Whether a client who says so means this model; its owner's name may be left out."""
+        wished = self._settings.embedding_model
+        names = {each.lower() for each in (wished, Path(wished).name, self._name)}
+        return name.lower().removeprefix("sentence-transformers/") in names or name.lower() in names
 
     def close(self) -> None:
         self._worker.close()

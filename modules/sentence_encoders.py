@@ -38,7 +38,15 @@ PACKAGE = "sentence-transformers"
 CPU_LIMITS = BatchLimits(max_items=32, max_tokens=1024, max_padding=64)
 CARD_LIMITS = BatchLimits(max_items=256, max_tokens=16384, max_padding=2048)
 
-Features = dict[str, Any]
+# Of a text, so much is cut into tokens for each that the model reads; an English word has five
+# characters. Cutting up the rest would take time, only to throw it away.
+CHARS_PER_TOKEN = 64
+# Less of two texts: the library makes every combination of what is over of the one and the other.
+PAIR_CHARS_PER_TOKEN = 16
+# How far from there an end of a word is looked for.
+LONGEST_WORD = 128
+
+Features = Mapping[str, Any]
 ReadRows = Callable[[Features], "Tensor"]
 
 
@@ -61,14 +69,24 @@ class SentenceEncoder:
         return CARD_LIMITS if self.is_on_card else CPU_LIMITS
 
     def prepare(self, inputs: Sequence[TextInput | PairInput]) -> list[Prepared]:
-        texts = [self._to_text(given) for given in inputs]
-        rows = _split(self._preprocess(texts), len(texts))
+        wholes = [self._to_text(given) for given in inputs]
+        texts = [self._shorten(whole) for whole in wholes]
+        features = self._preprocess(texts)
+        rows = _split(features, len(texts))
         if rows is None:  # no rows of tokens: each by itself
             rows = [self._preprocess([text]) for text in texts]
+            encodings = None
+        else:
+            encodings = getattr(features, "encodings", None)
         return [
-            Prepared(features, num_tokens, self._is_truncated(text, num_tokens))
-            for text, features in zip(texts, rows, strict=True)
-            for num_tokens in (int(features["input_ids"].numel()),)
+            Prepared(
+                row,
+                num_tokens,
+                text != whole
+                or self._is_truncated(text, num_tokens, encodings[i] if encodings else None),
+            )
+            for i, (whole, text, row) in enumerate(zip(wholes, texts, rows, strict=True))
+            for num_tokens in (int(row["input_ids"].numel()),)
         ]
 
     def compute(self, batch: Sequence[Prepared]) -> NDArray[np.float32]:
@@ -99,14 +117,28 @@ class SentenceEncoder:
             raise InvalidRequestError("Invalid value for 'input': There is no text in it.", "input")
         return text
 
-    def _preprocess(self, texts: Sequence[str | PairInput]) -> Features:
-        return dict(self._model.preprocess(list(texts), prompt=self._prompt))
+    def _shorten(self, text: str | PairInput) -> str | PairInput:
+        """Without most of what the model does not read."""
+        longest = self._model.max_seq_length
+        if longest is None or self._tokenizer is None:
+            return text
+        from_end = getattr(self._tokenizer, "truncation_side", "right") == "left"
+        if isinstance(text, str):
+            return _cut(text, longest * CHARS_PER_TOKEN, from_end)
+        first, second = (_cut(part, longest * PAIR_CHARS_PER_TOKEN, from_end) for part in text)
+        return first, second
 
-    def _is_truncated(self, text: str | PairInput, num_tokens: int) -> bool:
-        """Whether the text had more tokens; a second look at those that may have."""
+    def _preprocess(self, texts: Sequence[str | PairInput]) -> Features:
+        features: Features = self._model.preprocess(list(texts), prompt=self._prompt)
+        return features
+
+    def _is_truncated(self, text: str | PairInput, num_tokens: int, encoding: Any | None) -> bool:
+        """Whether the text had more tokens: `encoding` knows; without one, by a second look."""
         longest = self._model.max_seq_length
         if longest is None or self._tokenizer is None or num_tokens < longest:
             return False
+        if encoding is not None:
+            return bool(encoding.overflowing)
         first, second = (text, None) if isinstance(text, str) else text
         token_ids = self._tokenizer(f"{self._prompt or ''}{first}", second, verbose=False)
         return len(token_ids["input_ids"]) > num_tokens
@@ -137,6 +169,17 @@ class SentenceEncoder:
             for name, value in features.items()
         }
         return self._read_rows(self._model(moved))
+
+
+def _cut(text: str, num_chars: int, from_end: bool) -> str:
+    """The first characters, or the last ones, from or to the end of a word if there is one near."""
+    if len(text) <= num_chars:
+        return text
+    if from_end:
+        start = len(text) - num_chars
+        return text[max(start, text.find(" ", start, start + LONGEST_WORD)) :]
+    space = text.rfind(" ", max(0, num_chars - LONGEST_WORD), num_chars)
+    return text[: space if space > 0 else num_chars]
 
 
 def _count_tokens(tokenizer: Any) -> int:

@@ -72,8 +72,23 @@ async def read_inputs(
 ) -> Sequence[TextInput]:
     """Texts as they are, and token ids as text if they are of another than the embedding model."""
     ids = [item for item in inputs if not isinstance(item, str)]
-    if not ids or model is None:
+    if not ids or model is None or context.embeddings.is_called(model):
         return inputs
+    texts = await _decode(context, ids, model)
+    if texts is None:
+        return inputs
+    empty = next((index for index, text in enumerate(texts) if not text), None)
+    if empty is not None:
+        raise InvalidRequestError(
+            f"Invalid value for 'input[{empty}]': There is no text in its token ids.", "input"
+        )
+    return texts
+
+
+async def _decode(
+    context: Context, ids: Sequence[tuple[int, ...]], model: str
+) -> Sequence[str] | None:
+    """None if they are of neither the loaded model nor one of OpenAI's."""
     if context.models.is_loaded and context.models.current.name == model:
         loaded = context.models.current
         for item in ids:
@@ -81,7 +96,7 @@ async def read_inputs(
         return await asyncio.to_thread(lambda: [loaded.decode(item, True) for item in ids])
     encoding = await asyncio.to_thread(openai_tokens.find_encoding, model)
     if encoding is None:
-        return inputs
+        return None
     return await asyncio.to_thread(openai_tokens.decode, ids, encoding, "input")
 
 

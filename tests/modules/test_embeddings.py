@@ -15,7 +15,13 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
-from transformers import AutoModelForCausalLM, BertConfig, BertModel, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
 
 from modules.embeddings import Embedder
 from modules.errors import (
@@ -95,6 +101,38 @@ async def test_tokens_are_counted_as_the_model_reads_them(embedder: Embedder) ->
     embedded = await embedder.embed(["hello world", "hello", "word " * 254, "word " * 255])
     assert embedded.num_tokens == (4, 3, 256, 256)
     assert embedded.num_truncated == 1
+
+
+@pytest.fixture
+def read_chars(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of every text that a tokenizer cuts."""
+    lengths: list[int] = []
+    encode = PreTrainedTokenizerFast._encode_plus
+
+    def count(self: Any, text: Any, *args: Any, **kwargs: Any) -> Any:
+        lengths.extend(map(len, [text] if isinstance(text, str) else text))
+        return encode(self, text, *args, **kwargs)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "_encode_plus", count)
+    return lengths
+
+
+async def test_each_text_is_cut_into_tokens_once(embedder: Embedder, read_chars: list[int]) -> None:
+    texts = ["word " * 300, "word", "word " * 254]
+    assert (await embedder.embed(texts)).num_truncated == 1
+    assert read_chars == [1500, 4, 1270]
+
+
+async def test_of_a_very_long_text_only_the_beginning_is_cut_into_tokens(
+    embedder: Embedder, reference: Any, read_chars: list[int]
+) -> None:
+    """With the library's vector, even if its words are as long as words can be."""
+    texts = ["unbelievable gardens " * 5000, ("abcdefghi" * 11 + " ") * 500, "x" * 50_000]
+    embedded = await embedder.embed(texts)
+    assert len(read_chars) == 3 and max(read_chars) <= 256 * 64
+    assert embedded.num_truncated == 3
+    expected = reference.encode(texts, normalize_embeddings=True)
+    np.testing.assert_allclose(embedded.vectors, expected, atol=2e-6)
 
 
 async def test_token_ids_are_the_models_own(embedder: Embedder) -> None:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from sentence_transformers import CrossEncoder
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 from modules.embeddings import Embedder
 from modules.errors import ModelLoadError
@@ -80,6 +86,30 @@ async def test_a_cross_encoder(embedder: Embedder, tmp_path: Path) -> None:
     count = library.tokenizer
     lengths = [min(64, len(count(*pair)["input_ids"])) for pair in PAIRS]
     assert scored.num_tokens == sum(lengths)
+
+
+async def test_a_cross_encoder_reads_only_the_beginnings_of_very_long_texts(
+    embedder: Embedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = build_cross_encoder(tmp_path / "scorer")
+    long = "The stock market fell. " * 1000
+    pairs = [(long, "x"), ("What fell?", long), (long, long)]
+    library = CrossEncoder(str(path), device="cpu", local_files_only=True)
+    expected = library.predict(pairs)
+    lengths: list[int] = []
+    encode = PreTrainedTokenizerFast._encode_plus
+
+    def count(self: Any, text: Any, *args: Any, **kwargs: Any) -> Any:
+        lengths.extend(len(each) for pair in text for each in pair)
+        return encode(self, text, *args, **kwargs)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "_encode_plus", count)
+    reranker = Reranker(Settings(rerank_model=str(path)), embedder)
+    scored = await reranker.score(pairs)
+    reranker.close()
+    assert len(lengths) == 6 and max(lengths) <= 64 * 16
+    assert scored.num_truncated == 3
+    np.testing.assert_allclose(scored.scores, expected, atol=1e-6)
 
 
 async def test_a_classifier_is_no_reranker(embedder: Embedder, tmp_path: Path) -> None:

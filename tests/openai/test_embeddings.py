@@ -6,9 +6,11 @@ import asyncio
 import base64
 import json
 import re
+import shutil
 import sys
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -22,6 +24,7 @@ from openai.types import CreateEmbeddingResponse
 from extensions.openai.embeddings import write_base64, write_numbers
 from extensions.openai.typing import MAX_INPUT_CHARS
 from modules.batch_queue import BatchLimits, Prepared
+from modules.model_files import ModelKind, find_bundled
 from tests.conftest import AsgiCall, MakeApp, connect, wait_for
 from tests.openai.assertions import assert_error_shape
 from tests.openai.embedding_app import NAME, app, client, context
@@ -148,6 +151,30 @@ async def test_other_token_ids_are_the_embedding_models(
     np.testing.assert_allclose(to_vectors(by_ids), to_vectors(by_text), atol=2e-6)
 
 
+@pytest.mark.parametrize("model", [NAME, f"sentence-transformers/{NAME}", NAME.upper()])
+async def test_its_own_token_ids_need_no_other_package(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    assert (await embed(client, model=model, input=[7592, 2088]))["usage"]["prompt_tokens"] == 4
+
+
+@pytest.mark.parametrize("is_path", [False, True])
+async def test_token_ids_of_an_embedding_model_with_the_name_of_openais(
+    make_app: MakeApp, tmp_path: Path, is_path: bool
+) -> None:
+    """Its folder's name is enough."""
+    bundled = find_bundled(NAME, ModelKind.EMBEDDING)
+    assert bundled is not None
+    folder = tmp_path / "gpt2"
+    shutil.copytree(bundled, folder)
+    app = make_app(embedding_model=str(folder))
+    async with connect(app) as client:
+        name = str(folder) if is_path else folder.name
+        answer = await embed(client, model=name, input=[7592, 2088])
+    assert answer["usage"]["prompt_tokens"] == 4
+
+
 async def test_token_ids_of_the_loaded_model(client: httpx.AsyncClient) -> None:
     """Its tokens are bytes."""
     by_ids = await embed(client, model="tiny", input=[list(text.encode()) for text in TEXTS])
@@ -165,6 +192,8 @@ async def test_token_ids_of_the_loaded_model(client: httpx.AsyncClient) -> None:
         ("tiny", [259], "vocabulary of 259"),
         (NAME, [30522], "30522 tokens"),
         (None, [[7592], [-5]], "Token id -5"),
+        ("tiny", [[65], [258]], "'input[1]': There is no text"),
+        (NAME, [101, 102], "There is no text"),
         (NAME, [2**40], "out of every model's range"),
     ],
 )
