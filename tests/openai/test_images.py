@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import io
 import json
 import logging
+import random
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import httpx
 import openai
 import pytest
 from fastapi import FastAPI
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.middleware.gzip import GZipMiddleware
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from openai.types import ImageEditCompletedEvent, ImageGenCompletedEvent, ImagesResponse
 from PIL import Image
 
@@ -543,6 +546,7 @@ PICTURE = encode(Image.new("RGB", (64, 64)))
     ("answer", "reason"),
     [
         (HTMLResponse("<p>A lighthouse"), "something else"),
+        (Response("[" * 100_000), "something else"),
         (JSONResponse([1]), "something else"),
         (JSONResponse({"images": None, "info": ""}), "0 of 2"),
         (JSONResponse({"images": [PICTURE], "info": "{}"}), "1 of 2"),
@@ -565,6 +569,49 @@ async def test_wrong_answers(
     message = assert_error_shape(response, 503, code="backend_unavailable")
     assert "lighthouse" not in message
     assert re.search(reason, message)
+
+
+async def test_details_that_are_nested_too_deeply(client: httpx.AsyncClient, web_ui: WebUi) -> None:
+    """They are not needed."""
+    web_ui.answer = JSONResponse({"images": [PICTURE], "info": "[" * 100_000})
+    assert len((await generate(client, size="64x64"))["data"]) == 1
+
+
+async def test_an_answer_that_is_too_large(client: httpx.AsyncClient, web_ui: WebUi) -> None:
+    async def send() -> AsyncIterator[bytes]:
+        for _ in range(32):
+            yield bytes(2**20)
+
+    web_ui.answer = StreamingResponse(send())
+    response = await client.post(GENERATIONS, json={"prompt": PROMPT, "n": 2, "size": "512x512"})
+    message = assert_error_shape(response, 503, code="backend_unavailable")
+    assert "more than was asked for" in message
+
+
+async def test_the_largest_pictures_are_read(
+    client: httpx.AsyncClient, web_ui: WebUi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of pixels that nothing packs, and with a picture of all before them."""
+    monkeypatch.setattr(sd_webui, "MAX_ANSWER_BYTES", 2**14)
+    noise = Image.frombytes("RGBA", (256, 256), random.Random(1).randbytes(256 * 256 * 4))
+    info = json.dumps({"index_of_first_image": 1})
+    web_ui.answer = JSONResponse({"images": [encode(noise)] * 2, "info": info})
+    assert len((await generate(client, size="256x256"))["data"]) == 1
+
+
+async def test_nothing_is_unpacked(client: httpx.AsyncClient, web_ui: WebUi) -> None:
+    content = gzip.compress(json.dumps({"images": [PICTURE]}).encode())
+    web_ui.answer = Response(content, headers={"content-encoding": "gzip"})
+    response = await client.post(GENERATIONS, json={"prompt": PROMPT, "size": "64x64"})
+    assert_error_shape(response, 503, code="backend_unavailable")
+
+
+async def test_nothing_is_asked_for_packed(make_app: MakeApp) -> None:
+    app = WebUi().build_app()
+    app.add_middleware(GZipMiddleware, minimum_size=1)
+    with run_server(app) as server:
+        async with connect(make_app(sd_webui_url=server.url)) as client:
+            await generate(client, size="64x64")
 
 
 async def test_more_pictures_than_were_asked_for(client: httpx.AsyncClient, web_ui: WebUi) -> None:
