@@ -51,6 +51,7 @@ class Images:
     async def generate(self, options: ImageOptions) -> ImageEvents:
         backend, auto_size = await self._prepare()
         request = GenerationRequest(options, options.size or auto_size)
+        await backend.check(request)
         return self._run(backend.generate(request))
 
     async def edit(
@@ -68,6 +69,7 @@ class Images:
         if strength is None:
             strength = EDIT_STRENGTH if prepared.mask is None else MASKED_STRENGTH
         request = EditRequest(options, prepared.size, prepared.image, prepared.mask, strength)
+        await backend.check(request)
         return self._run(backend.edit(request))
 
     async def vary(
@@ -79,6 +81,7 @@ class Images:
         )
         strength = VARIATION_STRENGTH if strength is None else strength
         request = VariationRequest(options, prepared.size, prepared.image, strength)
+        await backend.check(request)
         return self._run(backend.vary(request))
 
     def close(self) -> None:

@@ -26,6 +26,7 @@ from modules.image_backend import (
     ImageEvent,
     ImageOptions,
     PartialImage,
+    Request,
     Size,
     VariationRequest,
 )
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     import httpx2
 
 Json = dict[str, Any]
-Request = GenerationRequest | EditRequest | VariationRequest
 
 DEFAULT_SIZE = Size(1024, 1024)
 DEFAULT_STEPS = 30
@@ -90,6 +90,9 @@ class SdWebUi:
             path = "/sdapi/v1/progress?skip_current_image=true"
             _read_json(await self._call(client, "GET", path))
         return DEFAULT_SIZE
+
+    async def check(self, request: Request) -> None:
+        """Only the web UI knows, and tells when it is asked for the pictures."""
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[ImageEvent, None]:
         body = _to_sizes(request.size, self._base_size)
