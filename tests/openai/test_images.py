@@ -23,9 +23,10 @@ from openai.types import ImageEditCompletedEvent, ImageGenCompletedEvent, Images
 from PIL import Image
 
 from extensions.openai import typing
+from modules import images as images_module
 from modules import sd_webui
-from modules.errors import CapabilityError
-from modules.image_backend import ImageOptions
+from modules.errors import CapabilityError, InvalidRequestError
+from modules.image_backend import ImageOptions, Size
 from modules.images import Images
 from modules.settings import Settings
 from tests.conftest import AsgiCall, MakeApp, connect, run_server, wait_for
@@ -463,6 +464,41 @@ THEIRS = {
     "save_images": False,
     "force_task_id": "theirs",
 }
+
+
+async def test_no_more_wait_than_can_be_held(
+    url: str, web_ui: WebUi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images_module, "MAX_WAITING", 1)
+    images = Images(Settings(sd_webui_url=url))
+    web_ui.is_slow = True
+    first = await images.generate(ImageOptions(PROMPT))
+    working = asyncio.create_task(anext(first))
+    await wait_for(web_ui.begun)
+    second = await images.vary(ImageOptions(), picture_file(), None)
+    for _ in range(2):
+        with pytest.raises(CapabilityError, match="Try again later"):
+            await images.edit(ImageOptions(PROMPT), picture_file(), None, None)
+    del second  # whose work has never begun
+    third = await images.generate(ImageOptions(PROMPT, size=Size(64, 64)))
+    working.cancel()
+    await asyncio.wait([working])
+    web_ui.is_slow = False
+    assert len([event async for event in third]) == 1
+    for _ in range(3):  # neither what is done nor what is refused keeps its place
+        with pytest.raises(InvalidRequestError):
+            await images.edit(ImageOptions(PROMPT), b"", None, None)
+        assert len([e async for e in await images.generate(ImageOptions(size=Size(64, 64)))]) == 1
+    images.close()
+
+
+async def test_who_comes_too_many_may_try_again(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images_module, "MAX_WAITING", -1)
+    for body in ({"prompt": PROMPT}, {"prompt": PROMPT, "stream": True}):
+        response = await client.post(GENERATIONS, json=body)
+        assert "later" in assert_error_shape(response, 503, code="unavailable")
 
 
 async def test_a_timeout_interrupts(make_app: MakeApp, url: str, web_ui: WebUi) -> None:
