@@ -2,6 +2,7 @@
 
 It runs in a worker's thread, one picture after the other, each with random numbers of its own: the
 same seed gives the same picture, whatever else a request asks for. It can be stopped between steps.
+Requests are checked in another thread, where they need not wait for the pictures of others.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from modules.image_backend import (
     ImageEvent,
     ImageOptions,
     PartialImage,
+    Request,
     Size,
     VariationRequest,
 )
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
 DEFAULT_SIZE = Size(1024, 1024)
 DEFAULT_STEPS = 30
 MAX_SEED = 2**32
+# What diffusers and torch raise of arguments that do not go together.
+_FAULTS = (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError)
 # Samplers as the web UI calls them → diffusers' scheduler, and what to change of its configuration.
 SAMPLERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "DDIM": ("DDIMScheduler", {}),
@@ -59,18 +63,19 @@ SAMPLERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "UniPC": ("UniPCMultistepScheduler", {}),
 }
 
-Request = GenerationRequest | EditRequest | VariationRequest
-
 
 class DiffusersPipeline:
     def __init__(self, folder: Path, is_on_cpu: bool) -> None:
         self._worker = Worker("images", lambda: _Pipelines(folder, is_on_cpu))
-        self._size: Size | None = None
+        self._checks = Worker("image checks", lambda: None)
+        self._pipelines: _Pipelines | None = None
 
     async def prepare(self) -> Size:
-        if self._size is None:
-            self._size = await self._worker.run(lambda pipelines: pipelines.size)
-        return self._size
+        return (await self._get_pipelines()).size
+
+    async def check(self, request: Request) -> None:
+        pipelines = await self._get_pipelines()
+        await self._checks.run(lambda _: pipelines.check(request))
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[ImageEvent, None]:
         return self._run(request)
@@ -82,14 +87,22 @@ class DiffusersPipeline:
         return self._run(request)
 
     def close(self) -> None:
+        self._checks.close()
         self._worker.close()
+
+    async def _get_pipelines(self) -> _Pipelines:
+        if self._pipelines is None:
+            self._pipelines = await self._worker.run(lambda pipelines: pipelines)
+        return self._pipelines
 
     def _run(self, request: Request) -> AsyncGenerator[ImageEvent, None]:
         return self._worker.stream_from(lambda pipelines, outlet: pipelines.run(request, outlet))
 
 
 class _Pipelines:
-    """One set of weights, and the pipelines over them; lives in the worker's thread."""
+    """One set of weights, and the pipelines over them. Lives in the worker's thread; `check` may be
+    called in another one.
+    """
 
     def __init__(self, folder: Path, is_on_cpu: bool) -> None:
         load_pillow()
@@ -100,7 +113,15 @@ class _Pipelines:
         self._pipeline = self._load(folder, is_on_cpu)
         self._scheduler_config = self._pipeline.scheduler.config
         self._scheduler_class = type(self._pipeline.scheduler)
+        self._samplers = self._find_samplers()
         self.size = _find_own_size(self._pipeline)
+
+    def check(self, request: Request) -> None:
+        """Raises InvalidRequestError. Nothing of a pipeline that is at work is changed."""
+        pipeline = self._get_pipeline(request)
+        _choose_fields(pipeline, request.options)
+        scheduler = self._make_scheduler(request.options.sampler_name)
+        _check_steps(scheduler, _choose_steps(pipeline, request))
 
     def run(self, request: Request, outlet: Outlet[ImageEvent]) -> None:
         """Raises InvalidRequestError and CapabilityError, and what `outlet` raises."""
@@ -123,6 +144,9 @@ class _Pipelines:
                 outlet.put(_finish(picture, request))
         except torch.OutOfMemoryError:
             raise BackendError("There is not enough memory for an image of that size.") from None
+        except _FAULTS as error:
+            kind = type(error).__name__
+            raise BackendError(f"The image model cannot do what was asked for ({kind}).") from error
 
     def _load(self, folder: Path, is_on_cpu: bool) -> Any:
         import torch
@@ -167,17 +191,24 @@ class _Pipelines:
         """A new one each time: they remember steps."""
         if sampler_name is None:
             return self._scheduler_class.from_config(self._scheduler_config)
-        known = [name for name in SAMPLERS if self._can_sample(name)]
-        if sampler_name not in known:
-            names = f"one of: {', '.join(known)}" if known else "left out"
+        if sampler_name not in self._samplers:
+            names = f"one of: {', '.join(self._samplers)}" if self._samplers else "left out"
             raise InvalidRequestError(f"The sampler should be {names}.", "sampler_name")
         class_name, changes = SAMPLERS[sampler_name]
         scheduler_class = getattr(self._diffusers, class_name)
-        return scheduler_class.from_config(self._scheduler_config, **changes)
+        try:
+            return scheduler_class.from_config(self._scheduler_config, **changes)
+        except _FAULTS as error:
+            message = "The image model does not go together with this sampler."
+            raise InvalidRequestError(message, "sampler_name") from error
 
-    def _can_sample(self, name: str) -> bool:
-        compatible = getattr(self._pipeline.scheduler, "compatibles", [])
-        return getattr(self._diffusers, SAMPLERS[name][0]) in (self._scheduler_class, *compatible)
+    def _find_samplers(self) -> list[str]:
+        known = (self._scheduler_class, *getattr(self._pipeline.scheduler, "compatibles", []))
+        return [
+            name
+            for name, (class_name, _) in SAMPLERS.items()
+            if getattr(self._diffusers, class_name) in known
+        ]
 
 
 class _Watch:
@@ -207,8 +238,18 @@ class _Watch:
 
 
 def _to_arguments(pipeline: Any, request: Request) -> dict[str, Any]:
+    """Raises InvalidRequestError."""
+    return {
+        "prompt": request.options.prompt,
+        "num_inference_steps": _choose_steps(pipeline, request),
+        **_choose_fields(pipeline, request.options),
+        **_take(pipeline, width=request.size.width, height=request.size.height),
+        **_take(pipeline, **_to_start(request)),
+    }
+
+
+def _choose_fields(pipeline: Any, options: ImageOptions) -> dict[str, Any]:
     """Raises InvalidRequestError for what was asked for and this pipeline does not know."""
-    options = request.options
     wishes = {
         "negative_prompt": options.negative_prompt or None,
         "guidance_scale": options.guidance_scale,
@@ -220,13 +261,18 @@ def _to_arguments(pipeline: Any, request: Request) -> dict[str, Any]:
             wire_name = "cfg_scale" if name == "guidance_scale" else name
             message = f"The image model, a {type(pipeline).__name__}, does not take this field."
             raise InvalidRequestError(message, wire_name)
-    return {
-        "prompt": options.prompt,
-        "num_inference_steps": _choose_steps(pipeline, request),
-        **taken,
-        **_take(pipeline, width=request.size.width, height=request.size.height),
-        **_take(pipeline, **_to_start(request)),
-    }
+    return taken
+
+
+def _check_steps(scheduler: Any, num_steps: int) -> None:
+    """Raises InvalidRequestError. `scheduler` is of no use afterwards."""
+    # Some want to know how large the picture is, by a number that only the pipeline works out.
+    shift = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}
+    try:
+        scheduler.set_timesteps(num_steps, **shift)
+    except _FAULTS as error:
+        message = f"The sampler cannot work with {num_steps} steps."
+        raise InvalidRequestError(message, "steps") from error
 
 
 def _take(pipeline: Any, **arguments: Any) -> dict[str, Any]:

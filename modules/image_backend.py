@@ -88,6 +88,9 @@ class VariationRequest:
     strength: float
 
 
+Request = GenerationRequest | EditRequest | VariationRequest
+
+
 @dataclass(frozen=True, slots=True)
 class PartialImage:
     """What the next picture is like so far; it may be smaller."""
@@ -114,6 +117,12 @@ class ImageBackend(Protocol):
         """Find out, before anything is promised, whether it can work at all.
 
         Returns the size of its pictures where none is asked for. Raises CapabilityError.
+        """
+        ...
+
+    async def check(self, request: Request) -> None:
+        """Refuse, before anything is promised, what it knows that it cannot do. It has been
+        prepared. Raises InvalidRequestError and CapabilityError.
         """
         ...
 

@@ -52,9 +52,12 @@ class _UnreadableError(Exception):
 
 
 def load_pillow() -> None:
-    """Import it, and have it refuse what it would only warn of. Raises MissingPackageError."""
-    pillow = import_package("PIL.Image", "Images", "pillow")
-    warnings.simplefilter("error", pillow.DecompressionBombWarning)
+    """Import it, and have it not write of faults in files. Raises MissingPackageError.
+
+    For good, and for it alone: to ignore warnings for a while is not safe with several threads.
+    """
+    import_package("PIL.Image", "Images", "pillow")
+    warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def read_edit(image: bytes, mask: bytes | None, choose_size: ChooseSize) -> PreparedImage:
@@ -162,7 +165,7 @@ def _decode(data: bytes) -> Image.Image:
         picture.load()
     except UnidentifiedImageError:
         raise _UnreadableError("is no PNG, JPEG or WebP file") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+    except Image.DecompressionBombError:
         raise _UnreadableError(_TOO_MANY_PIXELS) from None
     except _FAULTS:
         raise _UnreadableError("is broken, or not whole") from None

@@ -7,8 +7,10 @@ UI's progress is of no request in particular.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager, suppress
+from functools import partial
+from weakref import WeakSet
 
 from modules.diffusers_pipeline import DiffusersPipeline
 from modules.errors import BackendError, CapabilityError, NotConfiguredError
@@ -28,10 +30,17 @@ from modules.worker import Worker
 
 ImageEvents = AsyncGenerator[ImageEvent, None]
 
+# Requests that wait for their turn, each with the pictures that it has sent.
+MAX_WAITING = 16
+
 # How far from the picture, where a request does not say it. What a mask hides is made anew.
 MASKED_STRENGTH = 1.0
 EDIT_STRENGTH = 0.75
 VARIATION_STRENGTH = 0.6
+
+
+class _Place:
+    """Of a request among those that are open."""
 
 
 class Images:
@@ -46,12 +55,16 @@ class Images:
         self._backend = _choose_backend(settings, self._files)
         self._turn = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
+        # Loosely, for those whose iteration never begins: there is nothing to tell when they end.
+        self._places: WeakSet[_Place] = WeakSet()
         self._is_closed = False
 
     async def generate(self, options: ImageOptions) -> ImageEvents:
-        backend, auto_size = await self._prepare()
-        request = GenerationRequest(options, options.size or auto_size)
-        return self._run(backend.generate(request))
+        with self._take_place() as place:
+            backend, auto_size = await self._prepare()
+            request = GenerationRequest(options, options.size or auto_size)
+            await backend.check(request)
+            return self._run(backend.generate(request), place)
 
     async def edit(
         self,
@@ -61,25 +74,29 @@ class Images:
         strength: float | None,
     ) -> ImageEvents:
         """Without a mask, what is transparent in the image is edited; if nothing is, all of it."""
-        backend, auto_size = await self._prepare()
-        prepared = await self._files.run(
-            lambda _: read_edit(image, mask, lambda own: _choose_size(options, own, auto_size))
-        )
-        if strength is None:
-            strength = EDIT_STRENGTH if prepared.mask is None else MASKED_STRENGTH
-        request = EditRequest(options, prepared.size, prepared.image, prepared.mask, strength)
-        return self._run(backend.edit(request))
+        with self._take_place() as place:
+            backend, auto_size = await self._prepare()
+            prepared = await self._files.run(
+                lambda _: read_edit(image, mask, lambda own: _choose_size(options, own, auto_size))
+            )
+            if strength is None:
+                strength = EDIT_STRENGTH if prepared.mask is None else MASKED_STRENGTH
+            request = EditRequest(options, prepared.size, prepared.image, prepared.mask, strength)
+            await backend.check(request)
+            return self._run(backend.edit(request), place)
 
     async def vary(
         self, options: ImageOptions, image: bytes, strength: float | None
     ) -> ImageEvents:
-        backend, auto_size = await self._prepare()
-        prepared = await self._files.run(
-            lambda _: read_variation(image, lambda own: _choose_size(options, own, auto_size))
-        )
-        strength = VARIATION_STRENGTH if strength is None else strength
-        request = VariationRequest(options, prepared.size, prepared.image, strength)
-        return self._run(backend.vary(request))
+        with self._take_place() as place:
+            backend, auto_size = await self._prepare()
+            prepared = await self._files.run(
+                lambda _: read_variation(image, lambda own: _choose_size(options, own, auto_size))
+            )
+            strength = VARIATION_STRENGTH if strength is None else strength
+            request = VariationRequest(options, prepared.size, prepared.image, strength)
+            await backend.check(request)
+            return self._run(backend.vary(request), place)
 
     def close(self) -> None:
         """From any thread. What is at work fails with CapabilityError."""
@@ -91,6 +108,21 @@ class Images:
         if self._backend is not None:
             self._backend.close()
 
+    @contextmanager
+    def _take_place(self) -> Iterator[_Place]:
+        """Kept until the work ends, unless an error comes before it. Raises CapabilityError."""
+        if len(self._places) > MAX_WAITING:
+            raise CapabilityError(
+                f"{MAX_WAITING} requests for images wait already. Try again later."
+            )
+        place = _Place()
+        self._places.add(place)
+        try:
+            yield place
+        except BaseException:
+            self._places.discard(place)
+            raise
+
     async def _prepare(self) -> tuple[ImageBackend, Size]:
         if self._backend is None:
             raise NotConfiguredError(
@@ -101,14 +133,14 @@ class Images:
         await self._files.run(lambda _: None)  # or else Pillow is missing
         return self._backend, await self._backend.prepare()
 
-    async def _run(self, events: ImageEvents) -> ImageEvents:
+    async def _run(self, events: ImageEvents, place: _Place) -> ImageEvents:
         """In a task of its own: who leaves may be cancelled again at every await, and to stop the
         work needs some.
         """
         inbox: asyncio.Queue[ImageEvent | None] = asyncio.Queue()
         task = asyncio.create_task(self._work(events, inbox))
         self._tasks.add(task)  # the loop holds tasks loosely
-        task.add_done_callback(self._forget)
+        task.add_done_callback(partial(self._forget, place))
         try:
             while (event := await inbox.get()) is not None:
                 yield event
@@ -116,7 +148,8 @@ class Images:
         finally:
             task.cancel()
 
-    def _forget(self, task: asyncio.Task[None]) -> None:
+    def _forget(self, place: _Place, task: asyncio.Task[None]) -> None:
+        self._places.discard(place)
         self._tasks.discard(task)
         if not task.cancelled():
             task.exception()  # or else asyncio logs one that nobody was left to hear of

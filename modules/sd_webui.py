@@ -26,10 +26,11 @@ from modules.image_backend import (
     ImageEvent,
     ImageOptions,
     PartialImage,
+    Request,
     Size,
     VariationRequest,
 )
-from modules.image_files import convert
+from modules.image_files import MIB, convert
 from modules.optional_packages import import_package
 from modules.worker import Worker
 
@@ -57,6 +58,10 @@ FILL_FROM_AROUND = 0
 CONNECT_SECONDS = 10
 # For calls that are answered at once, though it may be busy.
 CALL_SECONDS = 30
+# The largest answer that is read of calls that send no pictures, and what one may have beside them.
+MAX_ANSWER_BYTES = 8 * MIB
+# Per pixel that is asked for. Plain colours have three or four, and once more in a picture of all.
+MAX_PIXEL_BYTES = 8
 # Between two looks at what it does.
 PROGRESS_SECONDS = 0.5
 # How long a request that nobody waits for any more may go on before it is left to itself.
@@ -86,35 +91,42 @@ class SdWebUi:
             _read_json(await self._call(client, "GET", path))
         return DEFAULT_SIZE
 
+    async def check(self, request: Request) -> None:
+        """Only the web UI knows, and tells when it is asked for the pictures."""
+
     def generate(self, request: GenerationRequest) -> AsyncGenerator[ImageEvent, None]:
         body = _to_sizes(request.size, self._base_size)
-        return self._run("/sdapi/v1/txt2img", body, request.options)
+        return self._run("/sdapi/v1/txt2img", body, request)
 
     def edit(self, request: EditRequest) -> AsyncGenerator[ImageEvent, None]:
         body = _to_start(request) | ({} if request.mask is None else _to_mask(request.mask))
-        return self._run("/sdapi/v1/img2img", body, request.options)
+        return self._run("/sdapi/v1/img2img", body, request)
 
     def vary(self, request: VariationRequest) -> AsyncGenerator[ImageEvent, None]:
-        return self._run("/sdapi/v1/img2img", _to_start(request), request.options)
+        return self._run("/sdapi/v1/img2img", _to_start(request), request)
 
     def close(self) -> None:
         pass
 
     async def _run(
-        self, path: str, body: Json, options: ImageOptions
+        self, path: str, body: Json, request: Request
     ) -> AsyncGenerator[ImageEvent, None]:
+        options = request.options
         task_id = f"task({uuid.uuid4().hex})"
         body = {**_to_body(options), **body, "force_task_id": task_id}
         num_sent = 0
         async with self._connect() as client:
-            posting = asyncio.create_task(self._call(client, "POST", path, body, seconds=None))
+            most = _to_most_bytes(request.size, options.num_images)
+            posting = asyncio.create_task(
+                self._call(client, "POST", path, body, seconds=None, max_bytes=most)
+            )
             try:
                 while not posting.done():
                     is_watched = num_sent < options.num_partial_images
                     await asyncio.wait([posting], timeout=PROGRESS_SECONDS if is_watched else None)
                     if posting.done():
                         break
-                    if partial := await self._look(client, task_id, num_sent, options):
+                    if partial := await self._look(client, task_id, num_sent, request):
                         num_sent += 1
                         yield partial
             finally:
@@ -124,13 +136,15 @@ class SdWebUi:
             yield image
 
     async def _look(
-        self, client: httpx2.AsyncClient, task_id: str, num_sent: int, options: ImageOptions
+        self, client: httpx2.AsyncClient, task_id: str, num_sent: int, request: Request
     ) -> PartialImage | None:
         """The picture as it is now, once its time has come."""
+        options, most = request.options, _to_most_bytes(request.size, 1)
         try:
             if not await self._is_at_work(client, task_id):
                 return None
-            state = _read_json(await self._call(client, "GET", "/sdapi/v1/progress"))
+            path = "/sdapi/v1/progress"
+            state = _read_json(await self._call(client, "GET", path, max_bytes=most))
             progress, image = state.get("progress"), state.get("current_image")
             is_time = (
                 isinstance(progress, int | float)
@@ -179,7 +193,11 @@ class SdWebUi:
         if is_secure and self._tls is None:  # not before: it reads all authorities of the system
             self._tls = ssl.create_default_context()
         connection: httpx2.AsyncClient = client.AsyncClient(
-            auth=self._auth, trust_env=False, verify=self._tls if is_secure else False
+            auth=self._auth,
+            # What is packed may be a thousand times as large when it is unpacked.
+            headers={"Accept-Encoding": "identity"},
+            trust_env=False,
+            verify=self._tls if is_secure else False,
         )
         return connection
 
@@ -191,15 +209,16 @@ class SdWebUi:
         body: Json | None = None,
         *,
         seconds: float | None = CALL_SECONDS,
+        max_bytes: int = MAX_ANSWER_BYTES,
     ) -> bytes:
-        """The body of the answer. Raises BackendError."""
+        """The body of the answer, as it is sent. Raises BackendError."""
         import httpx2
 
         timeout = httpx2.Timeout(seconds, connect=CONNECT_SECONDS)
+        url = f"{self._address}{path}"
         try:
-            response = await client.request(
-                method, f"{self._address}{path}", json=body, timeout=timeout
-            )
+            async with client.stream(method, url, json=body, timeout=timeout) as response:
+                content = await self._read(response, max_bytes)
         except httpx2.TimeoutException as error:
             raise BackendError(f"The web UI at {self._address} does not answer.") from error
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
@@ -208,8 +227,18 @@ class SdWebUi:
                 "It has to run, and SD_WEBUI_URL or openai-sd_webui_url to be its address."
             ) from error
         if response.status_code != 200:
-            raise self._to_error(response.status_code, response.content)
-        return response.content
+            raise self._to_error(response.status_code, content)
+        return content
+
+    async def _read(self, response: httpx2.Response, max_bytes: int) -> bytes:
+        chunks: list[bytes] = []
+        num_bytes = 0
+        async for chunk in response.aiter_raw():
+            num_bytes += len(chunk)
+            if num_bytes > max_bytes:
+                raise BackendError(f"The web UI at {self._address} sends more than was asked for.")
+            chunks.append(chunk)
+        return b"".join(chunks)
 
     def _to_error(self, status: int, content: bytes) -> BackendError | InvalidRequestError:
         """Its own words may quote the prompt: only what they are about is told."""
@@ -300,6 +329,11 @@ def _to_mask(mask: bytes) -> Json:
 # What it answers
 
 
+def _to_most_bytes(size: Size, num_images: int) -> int:
+    """Of an answer with so many pictures, in base64."""
+    return num_images * size.num_pixels * MAX_PIXEL_BYTES * 4 // 3 + MAX_ANSWER_BYTES
+
+
 def _read_images(answer: bytes, options: ImageOptions) -> list[FinishedImage]:
     """Raises BackendError."""
     content = _read_json(answer)
@@ -326,7 +360,7 @@ def _read_images(answer: bytes, options: ImageOptions) -> list[FinishedImage]:
 def _read_json(content: bytes) -> Json:
     try:
         answer = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         answer = None
     if not isinstance(answer, dict):
         raise BackendError("What answers at the web UI's address is something else.")
@@ -337,7 +371,7 @@ def _read_info(info: object) -> Json:
     """JSON in JSON, and not needed for the pictures."""
     try:
         content = json.loads(info) if isinstance(info, str) else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import shutil
@@ -218,6 +219,88 @@ async def test_an_unknown_sampler(images: Images) -> None:
     with pytest.raises(InvalidRequestError, match="one of: DDIM, .*Euler a") as caught:
         await draw(images, sampler_name="Oiler")
     assert caught.value.param == "sampler_name"
+
+
+# What cannot be done
+
+
+@pytest.fixture(scope="module")
+def lcm_folder(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a kind that takes no mask and no negative prompt, and with a UNet that is not for it."""
+    copy = shutil.copytree(folder, tmp_path_factory.mktemp("pipeline") / "lcm")
+    index = json.loads((copy / "model_index.json").read_text())
+    index |= {
+        "_class_name": "LatentConsistencyModelPipeline",
+        "scheduler": ["diffusers", "LCMScheduler"],
+    }
+    (copy / "model_index.json").write_text(json.dumps(index))
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"sampler_name": "Oiler"}, "sampler_name"),
+        ({"sampler_name": "PLMS", "steps": 1}, "steps"),
+    ],
+)
+async def test_streams_are_refused_before_they_begin(
+    make_app: MakeApp, folder: Path, changes: dict[str, Any], param: str
+) -> None:
+    async with connect(make_app(image_model=folder, cpu=True)) as client:
+        body = {"prompt": "a door", "stream": True, **changes}
+        response = await client.post("/v1/images/generations", json=body)
+        message = assert_error_shape(response, 400, param=param)
+        assert "shapes" not in message
+        data = {"prompt": "a door", "stream": "true", **changes}
+        files = {"image": start_file()}
+        response = await client.post("/v1/images/edits", data=data, files=files)
+        assert_error_shape(response, 400, param=param)
+        data.pop("stream")
+        response = await client.post("/v1/images/variations", data=data, files=files)
+        assert_error_shape(response, 400, param=param)
+
+
+async def test_what_a_pipeline_does_not_take(make_app: MakeApp, lcm_folder: Path) -> None:
+    async with connect(make_app(image_model=lcm_folder, cpu=True)) as client:
+        body = {"prompt": "a door", "stream": True, "negative_prompt": "dark"}
+        response = await client.post("/v1/images/generations", json=body)
+        assert_error_shape(response, 400, param="negative_prompt")
+        mask = to_file(Image.new("RGBA", OWN_SIZE))
+        response = await client.post(
+            "/v1/images/edits",
+            data={"prompt": "a door", "stream": "true"},
+            files={"image": start_file(), "mask": mask},
+        )
+        assert_error_shape(response, 400, param="mask")
+
+
+async def test_a_pipeline_that_fails(make_app: MakeApp, lcm_folder: Path) -> None:
+    async with connect(make_app(image_model=lcm_folder, cpu=True)) as client:
+        body = {"prompt": "a door", "steps": 1}
+        response = await client.post("/v1/images/generations", json=body)
+    message = assert_error_shape(response, 503, code="backend_unavailable")
+    assert message == "The image model cannot do what was asked for (TypeError)."
+
+
+async def test_a_request_is_checked_while_another_one_is_at_work(
+    images: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Watch(diffusers_pipeline._Watch):
+        def __call__(self, pipeline: Any, step: int, timestep: Any, state: Any) -> Any:
+            begun.set()
+            assert checked.wait(30)
+            return super().__call__(pipeline, step, timestep, state)
+
+    monkeypatch.setattr(diffusers_pipeline, "_Watch", Watch)
+    begun, checked = threading.Event(), threading.Event()
+    first = asyncio.create_task(draw(images))
+    await wait_for(begun)
+    with pytest.raises(InvalidRequestError):
+        await images.generate(options(sampler_name="Oiler"))
+    await images.vary(options(), start_file(), None)
+    checked.set()
+    assert len(await first) == 1
 
 
 async def test_no_prompt_is_written_anywhere(

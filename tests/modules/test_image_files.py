@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import resource
 import struct
+import warnings
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -126,6 +127,27 @@ def test_files_cut_anywhere_and_changed_anywhere(image_format: str) -> None:
                 assert error.param == "image"
                 refused += 1
     assert refused >= len(data) // 23
+
+
+def test_nothing_is_written_of_faults() -> None:
+    """The second file is one that Pillow would call a bomb."""
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01\x03\0\xff\xff\0\0\xff\xff\0\0"
+    with warnings.catch_warnings(record=True) as written:
+        warnings.simplefilter("always")
+        load_pillow()
+        read(save(Image.new("RGB", SIZE), "JPEG", exif=exif))
+        refuse(png_of(9_600, 9_600))
+        assert written == []
+        warnings.warn("Of others, all is written.", stacklevel=1)
+        assert len(written) == 1
+
+
+def test_warnings_of_pillow_are_no_errors() -> None:
+    """Of other parts of the process: what they read is theirs to judge."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        load_pillow()
+        assert Image.open(io.BytesIO(png_of(9_600, 9_600))).size == (9_600, 9_600)
 
 
 # Pictures of all kinds

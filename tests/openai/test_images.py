@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import io
 import json
 import logging
+import random
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import httpx
 import openai
 import pytest
 from fastapi import FastAPI
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.middleware.gzip import GZipMiddleware
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from openai.types import ImageEditCompletedEvent, ImageGenCompletedEvent, ImagesResponse
 from PIL import Image
 
 from extensions.openai import typing
+from modules import images as images_module
 from modules import sd_webui
-from modules.errors import CapabilityError
-from modules.image_backend import ImageOptions
+from modules.errors import CapabilityError, InvalidRequestError
+from modules.image_backend import ImageOptions, Size
 from modules.images import Images
 from modules.settings import Settings
 from tests.conftest import AsgiCall, MakeApp, connect, run_server, wait_for
@@ -462,6 +466,41 @@ THEIRS = {
 }
 
 
+async def test_no_more_wait_than_can_be_held(
+    url: str, web_ui: WebUi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images_module, "MAX_WAITING", 1)
+    images = Images(Settings(sd_webui_url=url))
+    web_ui.is_slow = True
+    first = await images.generate(ImageOptions(PROMPT))
+    working = asyncio.create_task(anext(first))
+    await wait_for(web_ui.begun)
+    second = await images.vary(ImageOptions(), picture_file(), None)
+    for _ in range(2):
+        with pytest.raises(CapabilityError, match="Try again later"):
+            await images.edit(ImageOptions(PROMPT), picture_file(), None, None)
+    del second  # whose work has never begun
+    third = await images.generate(ImageOptions(PROMPT, size=Size(64, 64)))
+    working.cancel()
+    await asyncio.wait([working])
+    web_ui.is_slow = False
+    assert len([event async for event in third]) == 1
+    for _ in range(3):  # neither what is done nor what is refused keeps its place
+        with pytest.raises(InvalidRequestError):
+            await images.edit(ImageOptions(PROMPT), b"", None, None)
+        assert len([e async for e in await images.generate(ImageOptions(size=Size(64, 64)))]) == 1
+    images.close()
+
+
+async def test_who_comes_too_many_may_try_again(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images_module, "MAX_WAITING", -1)
+    for body in ({"prompt": PROMPT}, {"prompt": PROMPT, "stream": True}):
+        response = await client.post(GENERATIONS, json=body)
+        assert "later" in assert_error_shape(response, 503, code="unavailable")
+
+
 async def test_a_timeout_interrupts(make_app: MakeApp, url: str, web_ui: WebUi) -> None:
     web_ui.is_slow = True
     async with connect(make_app(sd_webui_url=url, image_timeout=1)) as client:
@@ -543,6 +582,7 @@ PICTURE = encode(Image.new("RGB", (64, 64)))
     ("answer", "reason"),
     [
         (HTMLResponse("<p>A lighthouse"), "something else"),
+        (Response("[" * 100_000), "something else"),
         (JSONResponse([1]), "something else"),
         (JSONResponse({"images": None, "info": ""}), "0 of 2"),
         (JSONResponse({"images": [PICTURE], "info": "{}"}), "1 of 2"),
@@ -565,6 +605,49 @@ async def test_wrong_answers(
     message = assert_error_shape(response, 503, code="backend_unavailable")
     assert "lighthouse" not in message
     assert re.search(reason, message)
+
+
+async def test_details_that_are_nested_too_deeply(client: httpx.AsyncClient, web_ui: WebUi) -> None:
+    """They are not needed."""
+    web_ui.answer = JSONResponse({"images": [PICTURE], "info": "[" * 100_000})
+    assert len((await generate(client, size="64x64"))["data"]) == 1
+
+
+async def test_an_answer_that_is_too_large(client: httpx.AsyncClient, web_ui: WebUi) -> None:
+    async def send() -> AsyncIterator[bytes]:
+        for _ in range(32):
+            yield bytes(2**20)
+
+    web_ui.answer = StreamingResponse(send())
+    response = await client.post(GENERATIONS, json={"prompt": PROMPT, "n": 2, "size": "512x512"})
+    message = assert_error_shape(response, 503, code="backend_unavailable")
+    assert "more than was asked for" in message
+
+
+async def test_the_largest_pictures_are_read(
+    client: httpx.AsyncClient, web_ui: WebUi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of pixels that nothing packs, and with a picture of all before them."""
+    monkeypatch.setattr(sd_webui, "MAX_ANSWER_BYTES", 2**14)
+    noise = Image.frombytes("RGBA", (256, 256), random.Random(1).randbytes(256 * 256 * 4))
+    info = json.dumps({"index_of_first_image": 1})
+    web_ui.answer = JSONResponse({"images": [encode(noise)] * 2, "info": info})
+    assert len((await generate(client, size="256x256"))["data"]) == 1
+
+
+async def test_nothing_is_unpacked(client: httpx.AsyncClient, web_ui: WebUi) -> None:
+    content = gzip.compress(json.dumps({"images": [PICTURE]}).encode())
+    web_ui.answer = Response(content, headers={"content-encoding": "gzip"})
+    response = await client.post(GENERATIONS, json={"prompt": PROMPT, "size": "64x64"})
+    assert_error_shape(response, 503, code="backend_unavailable")
+
+
+async def test_nothing_is_asked_for_packed(make_app: MakeApp) -> None:
+    app = WebUi().build_app()
+    app.add_middleware(GZipMiddleware, minimum_size=1)
+    with run_server(app) as server:
+        async with connect(make_app(sd_webui_url=server.url)) as client:
+            await generate(client, size="64x64")
 
 
 async def test_more_pictures_than_were_asked_for(client: httpx.AsyncClient, web_ui: WebUi) -> None:
