@@ -28,12 +28,18 @@ _CONTAINERS = (
     "ogg,tta,w64,wav,webm,wv"
 )
 
+# In samples per second, what recordings have. The filter from a higher rate takes memory and time
+# that grow with it, in one call that nothing can end; a lower one makes much sound of few bytes.
+_MIN_RATE = 1000
+_MAX_RATE = 768000
+
 
 def decode(data: bytes, max_minutes: float, check: Callable[[], None]) -> NDArray[np.float32]:
     """The sound of a file, as one channel of `HEARING_RATE` between -1 and 1.
 
-    It is read piece by piece, so what its header claims costs nothing. `check` is called before
-    each piece, and may raise to end this. Raises InvalidRequestError, which names `file`.
+    It is read piece by piece, so the length that its header claims costs nothing; the sample rate
+    that it claims does, and has bounds. `check` is called before each piece, and may raise to end
+    this. Raises InvalidRequestError, which names `file`.
     """
     av = _import_av("Recordings")
     if not data:
@@ -95,8 +101,8 @@ def _resample(
     resampler: Any = None
     shape = None
     for frame in frames:
-        # Before it is resampled: a header may claim one sample a second.
-        seconds += frame.samples / max(frame.sample_rate, 1)
+        _check_rate(frame.sample_rate)
+        seconds += frame.samples / frame.sample_rate
         if seconds > max_minutes * 60:
             raise InvalidRequestError(
                 f"The recording is longer than {max_minutes:g} minutes.", "file"
@@ -109,6 +115,14 @@ def _resample(
         for resampled in resampler.resample(frame):
             yield resampled.to_ndarray()[0]
     yield from _flush(resampler)
+
+
+def _check_rate(rate: int) -> None:
+    if not _MIN_RATE <= rate <= _MAX_RATE:
+        raise InvalidRequestError(
+            f"The sample rate of the file, {rate} Hz, is not between {_MIN_RATE} and {_MAX_RATE}.",
+            "file",
+        )
 
 
 def _flush(resampler: Any) -> Iterator[NDArray[np.int16]]:

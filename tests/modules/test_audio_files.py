@@ -137,11 +137,26 @@ def test_a_recording_may_be_as_long_as_the_limit_and_no_longer() -> None:
     assert "longer than 0.09 minutes" in str(refusal(data, max_minutes=0.09))
 
 
-def test_what_a_header_claims_costs_nothing() -> None:
+def test_the_length_that_a_header_claims_costs_nothing() -> None:
     second = b"\1\0" * HEARING_RATE
     assert len(listen(build_wav(HEARING_RATE, second, claimed=2**32 - 100))) == HEARING_RATE
-    # One sample a second: 30000 of them would become half a billion.
-    assert "longer than" in str(refusal(build_wav(1, b"\1\0" * 30000), max_minutes=120))
+
+
+@pytest.mark.parametrize("rate", [1000, 768000])
+def test_the_lowest_and_the_highest_sample_rate(rate: int) -> None:
+    sound = listen(build_wav(rate, b"\1\0" * rate))
+    assert len(sound) == pytest.approx(HEARING_RATE, abs=20)
+
+
+@pytest.mark.parametrize("rate", [1, 999, 768001, 99999989])
+def test_sample_rates_beyond_these_are_refused(rate: int) -> None:
+    assert f"sample rate of the file, {rate} Hz" in str(refusal(build_wav(rate, b"\1\0" * 20000)))
+
+
+def test_a_sample_rate_that_changes_to_one_beyond_these() -> None:
+    begin, rest = (write("flac", "flac", rate, "mono") for rate in (HEARING_RATE, 999))
+    first_frame = rest.index(b"\xff\xf8")
+    assert "999 Hz" in str(refusal(begin + rest[first_frame:]))
 
 
 def test_damage_anywhere_is_the_files_fault() -> None:
