@@ -6,6 +6,7 @@ By PyAV, which brings FFmpeg's libraries, and in memory only. What is said in it
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import MappingProxyType, ModuleType
@@ -33,6 +34,10 @@ _CONTAINERS = (
 _MIN_RATE = 1000
 _MAX_RATE = 768000
 
+# QuickTime's compressed header. FFmpeg inflates it at once, however large it becomes. It finds it
+# in many places, within atoms as well as between them, but only in exactly this form.
+_COMPRESSED_HEADER = re.compile(rb"dcomzlib.{4}cmvd", re.DOTALL)
+
 
 def decode(data: bytes, max_minutes: float, check: Callable[[], None]) -> NDArray[np.float32]:
     """The sound of a file, as one channel of `HEARING_RATE` between -1 and 1.
@@ -44,6 +49,8 @@ def decode(data: bytes, max_minutes: float, check: Callable[[], None]) -> NDArra
     av = _import_av("Recordings")
     if not data:
         raise InvalidRequestError("The file is empty.", "file")
+    if _COMPRESSED_HEADER.search(data):
+        raise InvalidRequestError("The file has a compressed header, which is not read.", "file")
     pieces: list[NDArray[np.int16]] = []
     try:
         with _open(av, data) as container:
