@@ -6,6 +6,7 @@ By PyAV, which brings FFmpeg's libraries, and in memory only. What is said in it
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import MappingProxyType, ModuleType
@@ -28,16 +29,28 @@ _CONTAINERS = (
     "ogg,tta,w64,wav,webm,wv"
 )
 
+# In samples per second, what recordings have. The filter from a higher rate takes memory and time
+# that grow with it, in one call that nothing can end; a lower one makes much sound of few bytes.
+_MIN_RATE = 1000
+_MAX_RATE = 768000
+
+# QuickTime's compressed header. FFmpeg inflates it at once, however large it becomes. It finds it
+# in many places, within atoms as well as between them, but only in exactly this form.
+_COMPRESSED_HEADER = re.compile(rb"dcomzlib.{4}cmvd", re.DOTALL)
+
 
 def decode(data: bytes, max_minutes: float, check: Callable[[], None]) -> NDArray[np.float32]:
     """The sound of a file, as one channel of `HEARING_RATE` between -1 and 1.
 
-    It is read piece by piece, so what its header claims costs nothing. `check` is called before
-    each piece, and may raise to end this. Raises InvalidRequestError, which names `file`.
+    It is read piece by piece, so the length that its header claims costs nothing; the sample rate
+    that it claims does, and has bounds. `check` is called before each piece, and may raise to end
+    this. Raises InvalidRequestError, which names `file`.
     """
     av = _import_av("Recordings")
     if not data:
         raise InvalidRequestError("The file is empty.", "file")
+    if _COMPRESSED_HEADER.search(data):
+        raise InvalidRequestError("The file has a compressed header, which is not read.", "file")
     pieces: list[NDArray[np.int16]] = []
     try:
         with _open(av, data) as container:
@@ -95,8 +108,8 @@ def _resample(
     resampler: Any = None
     shape = None
     for frame in frames:
-        # Before it is resampled: a header may claim one sample a second.
-        seconds += frame.samples / max(frame.sample_rate, 1)
+        _check_rate(frame.sample_rate)
+        seconds += frame.samples / frame.sample_rate
         if seconds > max_minutes * 60:
             raise InvalidRequestError(
                 f"The recording is longer than {max_minutes:g} minutes.", "file"
@@ -109,6 +122,14 @@ def _resample(
         for resampled in resampler.resample(frame):
             yield resampled.to_ndarray()[0]
     yield from _flush(resampler)
+
+
+def _check_rate(rate: int) -> None:
+    if not _MIN_RATE <= rate <= _MAX_RATE:
+        raise InvalidRequestError(
+            f"The sample rate of the file, {rate} Hz, is not between {_MIN_RATE} and {_MAX_RATE}.",
+            "file",
+        )
 
 
 def _flush(resampler: Any) -> Iterator[NDArray[np.int16]]:

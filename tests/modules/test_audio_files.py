@@ -6,6 +6,7 @@ import io
 import random
 import struct
 import threading
+import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -137,11 +138,49 @@ def test_a_recording_may_be_as_long_as_the_limit_and_no_longer() -> None:
     assert "longer than 0.09 minutes" in str(refusal(data, max_minutes=0.09))
 
 
-def test_what_a_header_claims_costs_nothing() -> None:
+def test_the_length_that_a_header_claims_costs_nothing() -> None:
     second = b"\1\0" * HEARING_RATE
     assert len(listen(build_wav(HEARING_RATE, second, claimed=2**32 - 100))) == HEARING_RATE
-    # One sample a second: 30000 of them would become half a billion.
-    assert "longer than" in str(refusal(build_wav(1, b"\1\0" * 30000), max_minutes=120))
+
+
+@pytest.mark.parametrize("rate", [1000, 768000])
+def test_the_lowest_and_the_highest_sample_rate(rate: int) -> None:
+    sound = listen(build_wav(rate, b"\1\0" * rate))
+    assert len(sound) == pytest.approx(HEARING_RATE, abs=20)
+
+
+@pytest.mark.parametrize("rate", [1, 999, 768001, 99999989])
+def test_sample_rates_beyond_these_are_refused(rate: int) -> None:
+    assert f"sample rate of the file, {rate} Hz" in str(refusal(build_wav(rate, b"\1\0" * 20000)))
+
+
+def test_a_sample_rate_that_changes_to_one_beyond_these() -> None:
+    begin, rest = (write("flac", "flac", rate, "mono") for rate in (HEARING_RATE, 999))
+    first_frame = rest.index(b"\xff\xf8")
+    assert "999 Hz" in str(refusal(begin + rest[first_frame:]))
+
+
+def build_atom(name: bytes, content: bytes, size_bytes: int = 4) -> bytes:
+    """With a size of 8 bytes instead of 4, or of none: then it reaches to the end of the file."""
+    if size_bytes == 8:
+        return struct.pack(">I4sQ", 1, name, len(content) + 16) + content
+    return struct.pack(">I4s", len(content) + 8 if size_bytes else 0, name) + content
+
+
+@pytest.mark.parametrize("size_bytes", [0, 4, 8])
+@pytest.mark.parametrize("place", [b"moov", b"udta", b""])
+def test_compressed_headers_are_refused(place: bytes, size_bytes: int) -> None:
+    whole = write("mov", "pcm_s16le", 16000, "mono")
+    start = whole.index(b"moov") - 4  # the last of it
+    header = whole[start:]
+    packed = build_atom(b"dcom", b"zlib") + build_atom(
+        b"cmvd", struct.pack(">I", len(header)) + zlib.compress(header)
+    )
+    atom = build_atom(b"cmov", packed, size_bytes=4 if place else size_bytes)
+    data = whole[:start] + (build_atom(place, atom, size_bytes) if place else atom)
+    with av.open(io.BytesIO(data)) as container:
+        assert container.streams.audio  # FFmpeg does read it
+    assert "compressed header" in str(refusal(data))
 
 
 def test_damage_anywhere_is_the_files_fault() -> None:
