@@ -57,7 +57,7 @@ logger = logging.getLogger(__name__)
 
 # So that the engine finds a next one when a line ends.
 NUM_LINES_PER_SEQUENCE = 2
-# While no model is there to answer, or the folder cannot be had, in seconds.
+# While no model is there to answer, or the folder cannot be had or written, in seconds.
 RETRY_SECONDS = 5.0
 # How often files whose time is over are looked for, in seconds.
 SWEEP_SECONDS = 3600.0
@@ -116,7 +116,8 @@ class BatchRunner:
         self._turn = asyncio.Lock()
         self._batches: dict[str, asyncio.Task[None]] = {}
         self._lines: dict[str, asyncio.Task[None]] = {}
-        self._fault = ""
+        # What has been logged: of each batch, and under "" of the folder.
+        self._faults: dict[str, str] = {}
 
     async def run(self) -> None:
         """Until it is cancelled; then, lines that have no result yet wait for the next start."""
@@ -140,17 +141,17 @@ class BatchRunner:
         """It is to be cancelled."""
         if batch_id in self._lines:
             self._lines[batch_id].cancel()
+        elif batch_id not in self._batches:  # after a fault: its end need not wait
+            self.wake()
 
     async def _look(self) -> float:
         """Begin what is there to be done; the seconds until it is worth another look."""
         try:
             batches = await self._context.storage.read(_find_work)
         except CapabilityError as error:
-            if str(error) != self._fault:
-                logger.warning("Batches do not run: %s", error)
-            self._fault = str(error)
+            self._report("", error)
             return RETRY_SECONDS
-        self._fault = ""
+        self._faults.pop("", None)
         for batch in batches:
             if batch.id not in self._batches:
                 self._batches[batch.id] = asyncio.create_task(self._run_batch(batch))
@@ -160,9 +161,24 @@ class BatchRunner:
         try:
             await self._process(batch)
         except Exception as error:  # the edge of the task: other batches go on
-            to_internal_error(error, self._context.settings.debug)
+            self._report(batch.id, error)
+            asyncio.get_running_loop().call_later(RETRY_SECONDS, self.wake)
+        else:
+            self._faults.pop(batch.id, None)
         finally:
             del self._batches[batch.id]
+
+    def _report(self, place: str, error: Exception) -> None:
+        """Log it, unless it is what was last logged of `place`."""
+        is_known = isinstance(error, CapabilityError)
+        fault = str(error) if is_known else type(error).__name__
+        if self._faults.get(place) == fault:
+            return
+        self._faults[place] = fault
+        if is_known:
+            logger.warning("Batches do not run: %s", error)
+        else:
+            to_internal_error(error, self._context.settings.debug)
 
     async def _process(self, batch: Batch) -> None:
         try:
@@ -179,6 +195,8 @@ class BatchRunner:
                 return "failed", faults
             batch = await self._do(lambda data: data.batches.begin(batch.id, len(lines)))
             del lines
+        else:  # it may have been cancelled since it was found
+            batch = await self._do(lambda data: data.batches.get(batch.id))
         status, faults = await self._run_until_due(batch)
         if status != "completed":
             await self._leave_out(batch, status)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -19,8 +20,9 @@ from openai.types import Batch
 
 from extensions.openai import batch_runner
 from extensions.openai.batch_lines import MAX_FAULTS, MAX_LINES, find_faults, split_lines
-from modules.batch_store import COMPLETION_WINDOW
+from modules.batch_store import COMPLETION_WINDOW, BatchStore
 from modules.context import Context, build_context
+from modules.errors import CapabilityError
 from modules.extensions import load_extensions
 from modules.settings import Settings
 from modules.storage import Storage
@@ -549,3 +551,58 @@ async def test_nothing_is_made_by_a_server_that_nobody_uploads_to(
     async with serve() as served:
         assert (await served.client.get("/v1/batches")).json()["data"] == []
     assert not (tmp_path / "kept").exists()
+
+
+@pytest.mark.parametrize("error", [CapabilityError("no space"), RuntimeError("secret")])
+async def test_a_batch_goes_on_once_what_stopped_it_is_over(
+    error: Exception,
+    served: Served,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(batch_runner, "RETRY_SECONDS", 0.01)
+    finish = BatchStore.finish
+    num_tries = 0
+
+    def fail_at_first(*args: Any) -> Any:
+        nonlocal num_tries
+        num_tries += 1
+        if num_tries < 4:
+            raise error
+        return finish(*args)
+
+    monkeypatch.setattr(BatchStore, "finish", fail_at_first)
+    batch = await served.finish(await served.start([line("a")]))
+    assert batch["status"] == "completed"
+    assert num_tries == 4
+    said = caplog.text.count("Batches do not run: no space") + caplog.text.count("RuntimeError")
+    assert said == 1, "it is said once"
+    assert "secret" not in caplog.text
+
+
+async def test_one_that_a_fault_has_stopped_can_be_cancelled(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch_runner, "RETRY_SECONDS", 3600)
+    finish = BatchStore.finish
+    failed = threading.Event()
+
+    def fail_once(*args: Any) -> Any:
+        if not failed.is_set():
+            failed.set()
+            raise sqlite3.OperationalError("disk is full")
+        return finish(*args)
+
+    monkeypatch.setattr(BatchStore, "finish", fail_once)
+    batch_id = await served.start([line("a")])
+    await wait_for(failed)
+    await served.wait_until(lambda: not is_any_running())
+    await served.client.post(f"/v1/batches/{batch_id}/cancel")
+    batch = await served.finish(batch_id)
+    assert batch["status"] == "cancelled"
+    assert batch["request_counts"] == {"total": 1, "completed": 1, "failed": 0}
+
+
+def is_any_running() -> bool:
+    names = {getattr(task.get_coro(), "__qualname__", "") for task in asyncio.all_tasks()}
+    return "BatchRunner._run_batch" in names
