@@ -6,6 +6,7 @@ import asyncio
 import json
 import sqlite3
 import threading
+import tracemalloc
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -19,7 +20,15 @@ from fastapi import FastAPI
 from openai.types import Batch
 
 from extensions.openai import batch_runner
-from extensions.openai.batch_lines import MAX_FAULTS, MAX_LINES, find_faults, split_lines
+from extensions.openai.batch_lines import (
+    MAX_FAULTS,
+    MAX_LINE_BYTES,
+    MAX_LINES,
+    NUM_BLANKS,
+    RawLine,
+    find_faults,
+    split_lines,
+)
 from modules.batch_store import COMPLETION_WINDOW, BatchStore
 from modules.context import Context, build_context
 from modules.errors import CapabilityError
@@ -322,6 +331,92 @@ def test_how_much_may_be_in_an_input() -> None:
     assert len(find_faults(many[:-1], TEXT)) == MAX_FAULTS
     one = split_lines(b"\xef\xbb\xbf" + text.encode() + b"\r\n")
     assert find_faults(one, TEXT) == []
+
+
+def test_how_long_a_line_may_be() -> None:
+    start, end = json.dumps(line("a", suffix="|")).encode().split(b"|")
+    longest = start + b"x" * (MAX_LINE_BYTES - len(start + end)) + end
+    assert find_faults(split_lines(longest), TEXT) == []
+    longer = longest.replace(b'"a"', b'"bc"', 1)
+    found = find_faults(split_lines(b"\n".join([longest, b"", longer, b"{"])), TEXT)
+    assert [(f.code, f.line) for f in found] == [("line_too_long", 3), ("invalid_json_line", 4)]
+
+
+def test_no_more_lines_are_made_than_can_be_run() -> None:
+    tracemalloc.start()
+    try:
+        assert split_lines(b"\n" * 5_000_000) == []
+        assert len(split_lines(b"1\n" * 1_000_000)) == MAX_LINES + 1
+        assert tracemalloc.get_traced_memory()[1] < 30 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_lines_keep_their_numbers() -> None:
+    blanks = b" " * (NUM_BLANKS + 5)
+    content = b"\xef\xbb\xbf a\n\n\t\r\n b \r\n" + blanks + b"\n" + blanks + b"c\n\nd"
+    lines = [(0, b" a"), (3, b" b \r"), (5, blanks + b"c"), (7, b"d")]
+    assert split_lines(content) == [RawLine(*line) for line in lines]
+
+
+async def test_long_lines_are_not_parsed_on_the_event_loop(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_here: dict[str, bool] = {}
+    parse = batch_runner.parse_line
+
+    def note(raw: RawLine) -> Any:
+        parsed = parse(raw)
+        is_here[parsed.custom_id] = threading.current_thread() is threading.main_thread()
+        return parsed
+
+    monkeypatch.setattr(batch_runner, "parse_line", note)
+    lines = [line("short"), line("long", prompt="x" * batch_runner.MAX_PARSED_AT_ONCE)]
+    await served.finish(await served.start(lines))
+    assert is_here == {"short": True, "long": False}
+
+
+async def test_inputs_are_checked_one_at_a_time(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+    checked = []
+
+    def wait(lines: list[RawLine], endpoint: str) -> Any:
+        checked.append(lines)
+        assert go_on.wait(20)
+        return find_faults(lines, endpoint)
+
+    monkeypatch.setattr(batch_runner, "find_faults", wait)
+    ids = [await served.start([line(name)]) for name in "abc"]
+    await served.wait_until(lambda: bool(checked))
+    for _ in range(20):  # the others would have begun
+        await served.get(ids[0])
+    assert len(checked) == 1
+    go_on.set()
+    assert [(await served.finish(name))["status"] for name in ids] == ["completed"] * 3
+
+
+async def test_what_is_left_out_is_written_in_pieces(
+    serve: Serve, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+    add = BatchStore.add_results
+
+    def note(store: BatchStore, batch_id: str, results: Any) -> None:
+        sizes.append(len(results))
+        add(store, batch_id, results)
+
+    engine.enqueue("x", blocks=True)
+    engine.enqueue("x", blocks=True)
+    async with serve(max_num_seqs=1) as served:
+        batch_id = await served.start([line(str(number)) for number in range(2500)])
+        await wait_for(engine.blocked)
+        monkeypatch.setattr(BatchStore, "add_results", note)
+        await served.client.post(f"/v1/batches/{batch_id}/cancel")
+        batch = await served.finish(batch_id)
+    assert sizes == [1000, 1000, 500]
+    assert batch["request_counts"] == {"total": 2500, "completed": 0, "failed": 2500}
 
 
 async def test_a_file_that_a_batch_reads_cannot_be_deleted(
