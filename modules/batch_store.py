@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from modules.errors import InvalidRequestError, ObjectNotFoundError
-from modules.file_store import IS_UNFINISHED, UNFINISHED, FileStore, forget, make_id
+from modules.file_store import IS_UNFINISHED, UNFINISHED, Content, FileStore, forget, make_id
 
 # Seconds that a batch may take: OpenAI's only completion window.
 COMPLETION_WINDOW = 24 * 60 * 60
@@ -229,12 +229,27 @@ class BatchStore:
         if status == "completed" and batch.status == "in_progress":
             with self._db:
                 self._enter(batch_id, "finalizing")
-        kinds = {"output": False, "error": True}
-        contents = {
-            kind: self._files.write(self._read_lines(batch_id, is_error))
-            for kind, is_error in kinds.items()
-            if self._has_results(batch_id, is_error)
-        }
+        contents: dict[str, Content] = {}
+        try:
+            for kind, is_error in {"output": False, "error": True}.items():
+                if self._has_results(batch_id, is_error):
+                    contents[kind] = self._files.write(self._read_lines(batch_id, is_error))
+            self._end(batch, status, faults, contents)
+        except BaseException:
+            for content in contents.values():
+                self._files.discard(content)
+            raise
+        forget(self._db)
+        return self.get(batch_id)
+
+    def _end(
+        self,
+        batch: Batch,
+        status: FinalStatus,
+        faults: Iterable[BatchFault],
+        contents: Mapping[str, Content],
+    ) -> None:
+        batch_id = batch.id
         with self._db:
             for kind, content in contents.items():
                 name = f"{batch_id}_{kind}.jsonl"
@@ -246,8 +261,6 @@ class BatchStore:
             self._db.execute("UPDATE batches SET num_result_bytes = 0 WHERE id = ?", (batch_id,))
             self._set_faults(batch_id, faults)
             self._enter(batch_id, status)
-        forget(self._db)
-        return self.get(batch_id)
 
     def _has_results(self, batch_id: str, is_error: bool) -> bool:
         query = "SELECT EXISTS (SELECT 1 FROM results WHERE batch_id = ? AND is_error = ?)"

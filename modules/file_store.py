@@ -74,8 +74,12 @@ class FileStore:
         self.remove_expired()
         self.check_quota(len(content))
         written = self.write([content])
-        with self._db:
-            return self.insert(written, filename, purpose, expires_in)
+        try:
+            with self._db:
+                return self.insert(written, filename, purpose, expires_in)
+        except BaseException:
+            self.discard(written)
+            raise
 
     def write(self, chunks: Iterable[bytes]) -> Content:
         """A content without a row: `insert` makes a file of it."""
@@ -84,11 +88,16 @@ class FileStore:
         try:
             num_bytes = _write_whole(partial, chunks)
             partial.rename(self._folder / name)
+            _sync_folder(self._folder)
         except BaseException:
             partial.unlink(missing_ok=True)
+            (self._folder / name).unlink(missing_ok=True)
             raise
-        _sync_folder(self._folder)
         return Content(name, num_bytes)
+
+    def discard(self, content: Content) -> None:
+        """One that no file was made of."""
+        (self._folder / content.id).unlink(missing_ok=True)
 
     def insert(
         self, content: Content, filename: str, purpose: str, expires_in: int | None = None

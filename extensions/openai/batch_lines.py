@@ -1,9 +1,11 @@
 """The lines of a batch: what has to be in its input, and what will be in its output."""
 
 import json
+import re
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from pydantic import ValidationError
@@ -16,8 +18,14 @@ from modules.batch_store import BatchFault, LineResult, TokenCounts
 
 # OpenAI's own limit.
 MAX_LINES = 50_000
+# Nothing else is done in this process while a line is parsed.
+MAX_LINE_BYTES = 4 * 2**20
+# Nor while blanks are passed over.
+NUM_BLANKS = 2**20
 # Who made so many mistakes has made one in the program that wrote the file.
 MAX_FAULTS = 100
+
+NO_BLANK = re.compile(rb"\S")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +36,28 @@ class RawLine:
 
 
 def split_lines(content: bytes) -> list[RawLine]:
-    """Empty ones are left out."""
-    lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    return [RawLine(number, text) for number, text in enumerate(lines) if text.strip()]
+    """Empty ones are left out; of too many, the first `MAX_LINES` and one more are there."""
+    return list(islice(_split(content), MAX_LINES + 1))
+
+
+def _split(content: bytes) -> Iterator[RawLine]:
+    number = 0
+    end = 3 if content.startswith(b"\xef\xbb\xbf") else 0
+    while (first := _find_text(content, end)) is not None:
+        number += content.count(b"\n", end, first)
+        start = max(end, content.rfind(b"\n", end, first) + 1)
+        end = content.find(b"\n", first)
+        end = len(content) if end < 0 else end
+        yield RawLine(number, content[start:end])
+
+
+def _find_text(content: bytes, start: int) -> int | None:
+    """Where the next line with anything in it has its first character that is no blank."""
+    for place in range(start, len(content), NUM_BLANKS):
+        found = NO_BLANK.search(content, place, place + NUM_BLANKS)
+        if found:
+            return found.start()
+    return None
 
 
 def parse_line(line: RawLine) -> BatchLine:
@@ -43,7 +70,7 @@ def find_faults(lines: list[RawLine], endpoint: str) -> list[BatchFault]:
     if not lines:
         return [BatchFault("empty_file", "The input file has no lines.")]
     if len(lines) > MAX_LINES:
-        message = f"The input file has {len(lines)} lines; a batch may have {MAX_LINES}."
+        message = f"The input file has more than {MAX_LINES} lines, which is what a batch may have."
         return [BatchFault("too_many_lines", message)]
     faults: list[BatchFault] = []
     seen: dict[str, int] = {}
@@ -56,6 +83,10 @@ def find_faults(lines: list[RawLine], endpoint: str) -> list[BatchFault]:
 
 def _find_faults_of(line: RawLine, endpoint: str, seen: dict[str, int]) -> Iterator[BatchFault]:
     number = line.number + 1
+    if len(line.text) > MAX_LINE_BYTES:
+        message = f"This line has {len(line.text)} bytes; one may have {MAX_LINE_BYTES}."
+        yield BatchFault("line_too_long", message, number)
+        return
     try:
         parsed = parse_line(line)
     except ValidationError as error:

@@ -35,6 +35,7 @@ from extensions.openai.errors import (
 from extensions.openai.responses import Json
 from extensions.openai.streaming import Answer
 from extensions.openai.typing import (
+    BatchLine,
     ChatCompletionRequest,
     CompletionRequest,
     EmbeddingRequest,
@@ -57,7 +58,11 @@ logger = logging.getLogger(__name__)
 
 # So that the engine finds a next one when a line ends.
 NUM_LINES_PER_SEQUENCE = 2
-# While no model is there to answer, or the folder cannot be had, in seconds.
+# The event loop parses no line that is longer, in bytes.
+MAX_PARSED_AT_ONCE = 64 * 1024
+# So many lines are written in one go when they are left out: requests use the storage, too.
+NUM_LEFT_OUT_AT_ONCE = 1000
+# While no model is there to answer, or the folder cannot be had or written, in seconds.
 RETRY_SECONDS = 5.0
 # How often files whose time is over are looked for, in seconds.
 SWEEP_SECONDS = 3600.0
@@ -114,9 +119,12 @@ class BatchRunner:
         self._context = context
         self._wake = asyncio.Event()
         self._turn = asyncio.Lock()
+        # Who holds it may have a whole input in memory; the batch whose turn it is has one anyway.
+        self._reading = asyncio.Lock()
         self._batches: dict[str, asyncio.Task[None]] = {}
         self._lines: dict[str, asyncio.Task[None]] = {}
-        self._fault = ""
+        # What has been logged: of each batch, and under "" of the folder.
+        self._faults: dict[str, str] = {}
 
     async def run(self) -> None:
         """Until it is cancelled; then, lines that have no result yet wait for the next start."""
@@ -140,17 +148,17 @@ class BatchRunner:
         """It is to be cancelled."""
         if batch_id in self._lines:
             self._lines[batch_id].cancel()
+        elif batch_id not in self._batches:  # after a fault: its end need not wait
+            self.wake()
 
     async def _look(self) -> float:
         """Begin what is there to be done; the seconds until it is worth another look."""
         try:
             batches = await self._context.storage.read(_find_work)
         except CapabilityError as error:
-            if str(error) != self._fault:
-                logger.warning("Batches do not run: %s", error)
-            self._fault = str(error)
+            self._report("", error)
             return RETRY_SECONDS
-        self._fault = ""
+        self._faults.pop("", None)
         for batch in batches:
             if batch.id not in self._batches:
                 self._batches[batch.id] = asyncio.create_task(self._run_batch(batch))
@@ -160,9 +168,24 @@ class BatchRunner:
         try:
             await self._process(batch)
         except Exception as error:  # the edge of the task: other batches go on
-            to_internal_error(error, self._context.settings.debug)
+            self._report(batch.id, error)
+            asyncio.get_running_loop().call_later(RETRY_SECONDS, self.wake)
+        else:
+            self._faults.pop(batch.id, None)
         finally:
             del self._batches[batch.id]
+
+    def _report(self, place: str, error: Exception) -> None:
+        """Log it, unless it is what was last logged of `place`."""
+        is_known = isinstance(error, CapabilityError)
+        fault = str(error) if is_known else type(error).__name__
+        if self._faults.get(place) == fault:
+            return
+        self._faults[place] = fault
+        if is_known:
+            logger.warning("Batches do not run: %s", error)
+        else:
+            to_internal_error(error, self._context.settings.debug)
 
     async def _process(self, batch: Batch) -> None:
         try:
@@ -173,16 +196,23 @@ class BatchRunner:
 
     async def _run_to_an_end(self, batch: Batch) -> tuple[FinalStatus, list[BatchFault]]:
         if not batch.num_total:  # it has not been looked at yet
-            lines = await self._read_lines(batch)
-            faults = await asyncio.to_thread(find_faults, lines, batch.endpoint)
+            async with self._reading:
+                num_total, faults = await self._check(batch)
             if faults:
                 return "failed", faults
-            batch = await self._do(lambda data: data.batches.begin(batch.id, len(lines)))
-            del lines
+            batch = await self._do(lambda data: data.batches.begin(batch.id, num_total))
+        else:  # it may have been cancelled since it was found
+            batch = await self._do(lambda data: data.batches.get(batch.id))
         status, faults = await self._run_until_due(batch)
         if status != "completed":
-            await self._leave_out(batch, status)
+            async with self._reading:
+                await self._leave_out(batch, status)
         return status, faults
+
+    async def _check(self, batch: Batch) -> tuple[int, list[BatchFault]]:
+        """How many lines its input has, and what is wrong with them."""
+        lines = await self._read_lines(batch)
+        return len(lines), await asyncio.to_thread(find_faults, lines, batch.endpoint)
 
     async def _run_until_due(self, batch: Batch) -> tuple[FinalStatus, list[BatchFault]]:
         if batch.status == "finalizing":
@@ -235,7 +265,7 @@ class BatchRunner:
         await self._do(lambda data: data.batches.add_result(batch.id, result))
 
     async def _answer(self, endpoint: Endpoint, line: RawLine) -> LineResult:
-        parsed = parse_line(line)
+        parsed = await _parse(line)
         while True:
             try:
                 status, body = await self._ask(endpoint, parsed.body)
@@ -266,11 +296,23 @@ class BatchRunner:
         done = await self._do(lambda data: data.batches.find_done(batch.id))
         left = [line for line in await self._read_lines(batch) if line.number not in done]
         build = partial(build_left_out, code=LEFT_OUT[status][0], message=LEFT_OUT[status][1])
-        results = await asyncio.to_thread(lambda: [build(line) for line in left])
-        await self._do(lambda data: data.batches.add_results(batch.id, results))
+        for start in range(0, len(left), NUM_LEFT_OUT_AT_ONCE):
+            piece = left[start : start + NUM_LEFT_OUT_AT_ONCE]
+            results = await asyncio.to_thread(lambda lines: [*map(build, lines)], piece)
+            await self._do(partial(_add_results, batch_id=batch.id, results=results))
 
     async def _do(self, work: Callable[[UserData], Any]) -> Any:
         return await self._context.storage.write(work)
+
+
+async def _parse(line: RawLine) -> BatchLine:
+    if len(line.text) > MAX_PARSED_AT_ONCE:
+        return await asyncio.to_thread(parse_line, line)
+    return parse_line(line)
+
+
+def _add_results(data: UserData, batch_id: str, results: list[LineResult]) -> None:
+    data.batches.add_results(batch_id, results)
 
 
 def _find_work(data: UserData) -> list[Batch]:

@@ -13,7 +13,8 @@ A step may also read a draft: tokens that are only guessed to come next. As many
 to be right are a sequence's next tokens, and one more.
 
 Background sequences run with the whole batch while they are alone. While any other is there, they
-pause: they keep their memory until it is needed, and take no part in a step.
+pause: they keep their memory until it is needed, and take no part in a step. A step of theirs reads
+one chunk's worth of prompts, no more: whoever comes meanwhile has to wait for its end.
 """
 
 from __future__ import annotations
@@ -174,13 +175,18 @@ class Scheduler:
         first = (*self.running[:1], *self.waiting[:1])
         return any(not seq.is_background for seq in first)
 
+    @property
+    def _max_num_prompt_tokens(self) -> int:
+        """Of a step. There is always room for one chunk: prompts are cut nowhere else."""
+        return self._max_num_batched_tokens if self._is_foreground_busy else self._chunk_size
+
     def add(self, seq: Sequence) -> None:
         self.waiting.append(seq)
         _put_background_last(self.waiting)
 
     def schedule(self) -> ScheduledBatch:
-        items = self._schedule_running()
-        items += self._admit(self._max_num_batched_tokens - sum(i.num_tokens for i in items))
+        items, budget = self._schedule_running()
+        items += self._admit(min(budget, self._max_num_prompt_tokens))
         return ScheduledBatch(tuple(items))
 
     def update(self, batch: ScheduledBatch, result: StepResult) -> list[TokenOutput]:
@@ -205,22 +211,25 @@ class Scheduler:
             member.status = SequenceStatus.FINISHED
             member.finish_reason = reason
 
-    def _schedule_running(self) -> list[ScheduledSequence]:
+    def _schedule_running(self) -> tuple[list[ScheduledSequence], int]:
+        """And how many tokens more there is room for."""
         budget = self._max_num_batched_tokens
         items: list[ScheduledSequence] = []
         # Streams first, so that each goes on in every step: prompts share what they leave.
         num_active = len(self.active)
         units = [seq.unit for seq in self.active if seq.primary is None]
-        for unit in sorted(units, key=lambda unit: any(s.num_uncomputed_tokens > 1 for s in unit)):
+        for unit in sorted(units, key=_reads_prompt):
             if unit[0].status is not SequenceStatus.RUNNING:
                 continue
+            if _reads_prompt(unit):
+                budget = min(budget, self._max_num_prompt_tokens)
             readers = self._choose_readers(unit, budget)
             if not self._make_room(readers, items):
                 continue
             for seq in readers:
                 items.append(self._build_item(seq, self._build_draft(seq, num_active)))
                 budget -= items[-1].num_tokens
-        return items
+        return items, budget
 
     def _choose_readers(self, unit: tuple[Sequence, ...], budget: int) -> list[Sequence]:
         """Who of `unit` reads in this step: of two, none reads its last token without the other."""
@@ -364,6 +373,11 @@ class Scheduler:
         if reason is not None:
             self.finish(seq, reason)
         return prompt + outputs
+
+
+def _reads_prompt(unit: tuple[Sequence, ...]) -> bool:
+    """Or what it has to read anew; else it goes on."""
+    return any(seq.num_uncomputed_tokens > 1 for seq in unit)
 
 
 def _put_background_last(seqs: list[Sequence]) -> None:

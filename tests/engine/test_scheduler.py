@@ -359,8 +359,9 @@ def test_who_is_waited_for_is_admitted_before_the_background() -> None:
 
 def test_the_background_pauses_while_somebody_is_waited_for_and_keeps_its_memory() -> None:
     scheduler = build(budget=100)
-    add(scheduler, "reading", 200, is_background=True)
     add(scheduler, "decoding", 5, is_background=True)
+    step(scheduler)
+    add(scheduler, "reading", 200, is_background=True)
     step(scheduler)
     add(scheduler, "asked", 120, max_tokens=2)
     seen = [spans(step(scheduler)[0]) for _ in range(4)]
@@ -370,7 +371,30 @@ def test_the_background_pauses_while_somebody_is_waited_for_and_keeps_its_memory
         {"asked": (100, 120)},
         {"asked": (120, 121)},
     ]
-    assert spans(step(scheduler)[0]) == {"decoding": (5, 6), "reading": (50, 100)}
+    assert spans(step(scheduler)[0]) == {"decoding": (6, 7), "reading": (50, 100)}
+
+
+def test_a_step_of_the_background_reads_one_chunk_beside_the_decoding_ones() -> None:
+    scheduler = build(budget=100)
+    for name in "ab":
+        add(scheduler, name, 5, is_background=True, max_tokens=50)
+    step(scheduler)
+    for name in "cdef":
+        add(scheduler, name, 70, is_background=True)
+    seen = []
+    while any(seq.num_computed_tokens < seq.num_prompt_tokens for seq in scheduler.waiting) or any(
+        seq.num_uncomputed_tokens > 1 for seq in scheduler.running
+    ):
+        batch = scheduler.schedule()
+        prompts = [item for item in batch.items if item.seq.num_uncomputed_tokens > 1]
+        assert {"a", "b"} <= spans(batch).keys()
+        assert all(item.end in (50, 70) for item in prompts), "cut where they always are"
+        seen.append(sum(item.num_tokens for item in prompts))
+        scheduler.update(batch, StepResult([[SampledToken(9)]] * len(batch.sampled)))
+    assert max(seen) == 50 and min(seen) > 0 and sum(seen) == 4 * 70
+    for name in "xy":
+        add(scheduler, name, 50)
+    assert spans(step(scheduler)[0]) == {"x": (0, 50), "y": (0, 50)}, "as many as ever"
 
 
 def test_none_of_the_background_is_admitted_beside_others() -> None:

@@ -363,6 +363,47 @@ def make_storage(folder: Path, **options: object) -> Storage:
     return Storage(Settings(user_data_dir=folder, **options))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("is_error", [False, True])
+def test_results_that_could_not_be_made_files_leave_no_content(
+    is_error: bool, data: UserData, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = data.files.add("in", "batch", b"x")
+    batch = data.batches.create("/v1/completions", file.id)
+    data.batches.begin(batch.id, 2)
+    data.batches.add_results(
+        batch.id, [LineResult(0, "good", is_error=False), LineResult(1, "bad", is_error=True)]
+    )
+    name = "write" if is_error else "insert"
+    work = getattr(data.files, name)
+    num_calls = 0
+
+    def fail_at_the_second(*args: object) -> object:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == 2:
+            raise OSError("full")
+        return work(*args)
+
+    monkeypatch.setattr(data.files, name, fail_at_the_second)
+    with pytest.raises(OSError, match="full"):
+        data.batches.finish(batch.id, "completed")
+    assert find_contents(folder) == {file.id}
+    assert data.batches.finish(batch.id, "completed").output_file_id
+    assert len(find_contents(folder)) == 3
+
+
+def test_an_upload_that_could_not_be_noted_leaves_no_content(
+    data: UserData, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise sqlite3.OperationalError("full")
+
+    monkeypatch.setattr(data.files, "insert", fail)
+    with pytest.raises(sqlite3.OperationalError):
+        data.files.add("a", "user_data", b"x")
+    assert find_contents(folder) == set()
+
+
 async def test_looking_makes_nothing(folder: Path) -> None:
     storage = make_storage(folder / "deep")
     assert await storage.read(lambda data: data.files.list_page(5)) == ([], False)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
 import threading
+import tracemalloc
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -18,9 +20,18 @@ from fastapi import FastAPI
 from openai.types import Batch
 
 from extensions.openai import batch_runner
-from extensions.openai.batch_lines import MAX_FAULTS, MAX_LINES, find_faults, split_lines
-from modules.batch_store import COMPLETION_WINDOW
+from extensions.openai.batch_lines import (
+    MAX_FAULTS,
+    MAX_LINE_BYTES,
+    MAX_LINES,
+    NUM_BLANKS,
+    RawLine,
+    find_faults,
+    split_lines,
+)
+from modules.batch_store import COMPLETION_WINDOW, BatchStore
 from modules.context import Context, build_context
+from modules.errors import CapabilityError
 from modules.extensions import load_extensions
 from modules.settings import Settings
 from modules.storage import Storage
@@ -322,6 +333,92 @@ def test_how_much_may_be_in_an_input() -> None:
     assert find_faults(one, TEXT) == []
 
 
+def test_how_long_a_line_may_be() -> None:
+    start, end = json.dumps(line("a", suffix="|")).encode().split(b"|")
+    longest = start + b"x" * (MAX_LINE_BYTES - len(start + end)) + end
+    assert find_faults(split_lines(longest), TEXT) == []
+    longer = longest.replace(b'"a"', b'"bc"', 1)
+    found = find_faults(split_lines(b"\n".join([longest, b"", longer, b"{"])), TEXT)
+    assert [(f.code, f.line) for f in found] == [("line_too_long", 3), ("invalid_json_line", 4)]
+
+
+def test_no_more_lines_are_made_than_can_be_run() -> None:
+    tracemalloc.start()
+    try:
+        assert split_lines(b"\n" * 5_000_000) == []
+        assert len(split_lines(b"1\n" * 1_000_000)) == MAX_LINES + 1
+        assert tracemalloc.get_traced_memory()[1] < 30 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_lines_keep_their_numbers() -> None:
+    blanks = b" " * (NUM_BLANKS + 5)
+    content = b"\xef\xbb\xbf a\n\n\t\r\n b \r\n" + blanks + b"\n" + blanks + b"c\n\nd"
+    lines = [(0, b" a"), (3, b" b \r"), (5, blanks + b"c"), (7, b"d")]
+    assert split_lines(content) == [RawLine(*line) for line in lines]
+
+
+async def test_long_lines_are_not_parsed_on_the_event_loop(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_here: dict[str, bool] = {}
+    parse = batch_runner.parse_line
+
+    def note(raw: RawLine) -> Any:
+        parsed = parse(raw)
+        is_here[parsed.custom_id] = threading.current_thread() is threading.main_thread()
+        return parsed
+
+    monkeypatch.setattr(batch_runner, "parse_line", note)
+    lines = [line("short"), line("long", prompt="x" * batch_runner.MAX_PARSED_AT_ONCE)]
+    await served.finish(await served.start(lines))
+    assert is_here == {"short": True, "long": False}
+
+
+async def test_inputs_are_checked_one_at_a_time(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+    checked = []
+
+    def wait(lines: list[RawLine], endpoint: str) -> Any:
+        checked.append(lines)
+        assert go_on.wait(20)
+        return find_faults(lines, endpoint)
+
+    monkeypatch.setattr(batch_runner, "find_faults", wait)
+    ids = [await served.start([line(name)]) for name in "abc"]
+    await served.wait_until(lambda: bool(checked))
+    for _ in range(20):  # the others would have begun
+        await served.get(ids[0])
+    assert len(checked) == 1
+    go_on.set()
+    assert [(await served.finish(name))["status"] for name in ids] == ["completed"] * 3
+
+
+async def test_what_is_left_out_is_written_in_pieces(
+    serve: Serve, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+    add = BatchStore.add_results
+
+    def note(store: BatchStore, batch_id: str, results: Any) -> None:
+        sizes.append(len(results))
+        add(store, batch_id, results)
+
+    engine.enqueue("x", blocks=True)
+    engine.enqueue("x", blocks=True)
+    async with serve(max_num_seqs=1) as served:
+        batch_id = await served.start([line(str(number)) for number in range(2500)])
+        await wait_for(engine.blocked)
+        monkeypatch.setattr(BatchStore, "add_results", note)
+        await served.client.post(f"/v1/batches/{batch_id}/cancel")
+        batch = await served.finish(batch_id)
+    assert sizes == [1000, 1000, 500]
+    assert batch["request_counts"] == {"total": 2500, "completed": 0, "failed": 2500}
+
+
 async def test_a_file_that_a_batch_reads_cannot_be_deleted(
     served: Served, engine: FakeEngine
 ) -> None:
@@ -549,3 +646,58 @@ async def test_nothing_is_made_by_a_server_that_nobody_uploads_to(
     async with serve() as served:
         assert (await served.client.get("/v1/batches")).json()["data"] == []
     assert not (tmp_path / "kept").exists()
+
+
+@pytest.mark.parametrize("error", [CapabilityError("no space"), RuntimeError("secret")])
+async def test_a_batch_goes_on_once_what_stopped_it_is_over(
+    error: Exception,
+    served: Served,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(batch_runner, "RETRY_SECONDS", 0.01)
+    finish = BatchStore.finish
+    num_tries = 0
+
+    def fail_at_first(*args: Any) -> Any:
+        nonlocal num_tries
+        num_tries += 1
+        if num_tries < 4:
+            raise error
+        return finish(*args)
+
+    monkeypatch.setattr(BatchStore, "finish", fail_at_first)
+    batch = await served.finish(await served.start([line("a")]))
+    assert batch["status"] == "completed"
+    assert num_tries == 4
+    said = caplog.text.count("Batches do not run: no space") + caplog.text.count("RuntimeError")
+    assert said == 1, "it is said once"
+    assert "secret" not in caplog.text
+
+
+async def test_one_that_a_fault_has_stopped_can_be_cancelled(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch_runner, "RETRY_SECONDS", 3600)
+    finish = BatchStore.finish
+    failed = threading.Event()
+
+    def fail_once(*args: Any) -> Any:
+        if not failed.is_set():
+            failed.set()
+            raise sqlite3.OperationalError("disk is full")
+        return finish(*args)
+
+    monkeypatch.setattr(BatchStore, "finish", fail_once)
+    batch_id = await served.start([line("a")])
+    await wait_for(failed)
+    await served.wait_until(lambda: not is_any_running())
+    await served.client.post(f"/v1/batches/{batch_id}/cancel")
+    batch = await served.finish(batch_id)
+    assert batch["status"] == "cancelled"
+    assert batch["request_counts"] == {"total": 1, "completed": 1, "failed": 0}
+
+
+def is_any_running() -> bool:
+    names = {getattr(task.get_coro(), "__qualname__", "") for task in asyncio.all_tasks()}
+    return "BatchRunner._run_batch" in names
