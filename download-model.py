@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -35,7 +36,8 @@ def main(argv: list[str]) -> int:
         return 1
     except KeyboardInterrupt:
         print("Interrupted. The next call goes on where this one was cut off.", file=sys.stderr)
-        return 130
+        sys.stderr.flush()
+        os._exit(130)  # Python would wait for the files that arrive just now
     print(f"{'Checked' if args.check else 'Downloaded'}: {folder}")
     return 0
 

@@ -7,10 +7,12 @@ HF_ENDPOINT.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import re
+import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from fnmatch import fnmatch
@@ -20,6 +22,7 @@ import huggingface_hub
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -37,6 +40,8 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 # Of a repository with one file per quantization: small, and good enough for most.
 DEFAULT_QUANTIZATION = "q4_k_m"
 BLOCK_SIZE = 2**20
+# Between two tries at a file; the first ones come sooner.
+MAX_PAUSE_SECONDS = 10
 # The first base is that of the hub's HTTP library, which changes its name between versions.
 _NETWORK_FAULTS: tuple[type[BaseException], ...] = (
     *HfHubHTTPError.__bases__,
@@ -115,6 +120,8 @@ def choose_files(files: Sequence[RemoteFile], options: DownloadOptions) -> list[
     files = [file for file in files if pattern is None or not fnmatch(file.path, pattern)]
     texts = [file for file in files if file.path.endswith(TEXT_SUFFIXES)]
     if options.text_only:
+        if not texts:
+            raise DownloadError("There are no files in it beside the weights.")
         return texts
     weights = _choose_weights(files)
     if not weights:
@@ -150,11 +157,25 @@ def download(model: RemoteModel, options: DownloadOptions, say: Callable[[str], 
         _fetch(model, commit, file, folder, options)
         _check_sum(folder / file.path, file)
 
-    with ThreadPoolExecutor(options.num_threads) as executor:
-        list(executor.map(fetch, chosen))
-    if folder != options.model_dir:
-        (folder / METADATA_FILE).write_text(_build_metadata(model, commit, chosen))
+    try:
+        _run_all(fetch, chosen, options.num_threads)
+        if folder != options.model_dir:
+            (folder / METADATA_FILE).write_text(_build_metadata(model, commit, chosen))
+    except OSError as error:
+        raise DownloadError(f"{folder} cannot be written: {error.strerror}.") from error
     return folder
+
+
+def _run_all(
+    fetch: Callable[[RemoteFile], None], files: Sequence[RemoteFile], num_threads: int
+) -> None:
+    """The first fault ends it, and so does an interrupt: no thread is waited for then."""
+    executor = ThreadPoolExecutor(num_threads)
+    try:
+        for future in as_completed([executor.submit(fetch, file) for file in files]):
+            future.result()
+    finally:
+        executor.shutdown(wait=False, cancel_futures=True)
 
 
 def check(model: RemoteModel, options: DownloadOptions, say: Callable[[str], None]) -> Path:
@@ -191,6 +212,8 @@ def list_files(model: RemoteModel) -> tuple[str, list[RemoteFile]]:
         raise DownloadError(
             f"There is no {model.repo_id} on the hub, or it is private and HF_TOKEN is not set."
         ) from error
+    except HFValidationError as error:
+        raise DownloadError(f"{model.repo_id} is no name that the hub could have.") from error
     except _NETWORK_FAULTS as error:
         raise DownloadError(
             f"The hub cannot be asked for {model.repo_id}: {_reason(error)}"
@@ -199,14 +222,29 @@ def list_files(model: RemoteModel) -> tuple[str, list[RemoteFile]]:
         RemoteFile(item.rfilename, item.size, item.lfs.sha256 if item.lfs else None)
         for item in info.siblings or ()
     ]
+    for file in files:
+        _check_path(file.path)
     return info.sha or model.branch, files
+
+
+def _check_path(path: str) -> None:
+    """Raises DownloadError for one that may lie outside the folder: a hub may say anything."""
+    parts = re.split(r"[/\\]", path)
+    if not all(parts) or {".", ".."} & set(parts) or ":" in path or "\\" in path:
+        raise DownloadError(f"The repository has a file whose name is not safe: {path!r}.")
 
 
 def _choose_weights(files: Sequence[RemoteFile]) -> list[RemoteFile]:
     """Of several formats the safest; of a repository of quantizations one."""
     safetensors = [file for file in files if file.path.endswith(".safetensors")]
-    # What was published twice, sharded and in one piece, is needed once.
-    once = [file for file in safetensors if not file.name.startswith("consolidated")]
+    # What was published twice, in half precision or in another arrangement, is needed once.
+    paths = {file.path for file in safetensors}
+    once = [
+        file
+        for file in safetensors
+        if not file.name.startswith("consolidated")
+        and file.path.replace(".fp16.", ".") not in paths - {file.path}
+    ]
     if safetensors:
         return once or safetensors
     ggufs = [file for file in files if _is_gguf(file)]
@@ -251,12 +289,15 @@ def _fetch(
     path.parent.mkdir(parents=True, exist_ok=True)
     # Of the commit: all files of one state, whatever is published meanwhile.
     url = huggingface_hub.hf_hub_url(model.repo_id, file.path, revision=commit)
-    for _ in range(options.max_retries + 1):
+    for attempt in range(options.max_retries + 1):
+        time.sleep(min(attempt, MAX_PAUSE_SECONDS))
         try:
             _fetch_rest(url, part, file)
         except RemoteEntryNotFoundError as error:
             raise DownloadError(f"{file.path} is not there any more.") from error
         except _NETWORK_FAULTS as error:
+            if _is_local(error):
+                raise
             reason = _reason(error)
         else:
             part.replace(path)
@@ -264,6 +305,12 @@ def _fetch(
     raise DownloadError(
         f"{file.path} did not arrive: {reason}. Try again: it goes on where it was cut off."
     )
+
+
+def _is_local(error: BaseException) -> bool:
+    """A fault of this disk, and not of the way to the hub."""
+    local = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+    return isinstance(error, OSError) and error.errno in local
 
 
 def _fetch_rest(url: str, part: Path, file: RemoteFile) -> None:

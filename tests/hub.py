@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import threading
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +29,9 @@ class Hub:
     tokens: list[str] = field(default_factory=list)
     damages: bool = False
     """Send large files with other bytes than it has."""
+    holds: threading.Event | None = None
+    """What large files wait for, after their first half."""
+    is_held: threading.Event = field(default_factory=threading.Event)
 
     @property
     def app(self) -> Starlette:
@@ -72,9 +77,18 @@ class Hub:
             headers["content-range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
         headers["content-length"] = str(len(rest))
         status = 206 if start else 200
+        if self.holds is not None:
+            return StreamingResponse(self._hold(rest, self.holds), status, headers)
         if self.cut_after:
             return StreamingResponse(_break(rest[: self.cut_after.popleft()]), status, headers)
         return Response(rest, status, headers)
+
+    async def _hold(self, content: bytes, event: threading.Event) -> Any:
+        half = len(content) // 2
+        yield content[:half]
+        self.is_held.set()
+        await asyncio.to_thread(event.wait, 60)
+        yield content[half:]
 
 
 async def _break(content: bytes) -> Any:
