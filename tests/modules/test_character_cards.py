@@ -17,6 +17,9 @@ from modules.characters import Character, load_character, to_character
 from modules.data_files import MAX_FILE_BYTES, MAX_YAML_BYTES
 from modules.errors import InvalidRequestError
 
+# Seconds. What takes longer than some of them goes on for minutes, on any machine.
+ENDLESS = 30
+
 V1 = {
     "name": "Ada",
     "description": "{{char}} is a poet.",
@@ -212,7 +215,7 @@ def refuse(folder: Path, reason: str) -> None:
     start = time.process_time()
     with pytest.raises(InvalidRequestError, match=reason) as caught:
         load_character(folder.parent, "Ada")
-    assert time.process_time() - start < 2
+    assert time.process_time() - start < ENDLESS
     assert caught.value.param == "character"
     assert len(str(caught.value)) < 300
 
