@@ -68,7 +68,7 @@ async def test_cors_on_answers_and_errors(client: httpx.AsyncClient) -> None:
         assert response.headers["access-control-allow-origin"] in ("*", ORIGIN["origin"])
         assert response.headers["access-control-allow-credentials"] == "true"
         exposed = response.headers["access-control-expose-headers"]
-        assert exposed == "x-request-id, x-dropped-messages"
+        assert exposed == "x-request-id, x-dropped-messages, x-truncated-inputs"
 
 
 async def test_cors_for_chosen_origins(make_app: MakeApp) -> None:
