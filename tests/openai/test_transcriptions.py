@@ -207,7 +207,7 @@ async def test_a_file_that_is_none(client: httpx.AsyncClient) -> None:
     assert_error_shape(response, 400, param="file")
     response = await client.post(TRANSCRIPTIONS, data={"file": "speech.mp3"}, files=other)
     message = assert_error_shape(response, 400, param="file")
-    assert message == "Invalid value for 'file': Input should be a file, not a text."
+    assert message == "Invalid value for 'file': Input should be a file."
 
 
 async def test_a_recording_that_is_too_long(make_app: MakeApp) -> None:
