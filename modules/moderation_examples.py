@@ -103,7 +103,10 @@ def load_examples(root: Path) -> Examples:
 
 
 def load_relations(root: Path) -> tuple[Mapping[str, list[str]], Mapping[str, list[str]]]:
-    """What `implies` and `unsure` say. Raises NotConfiguredError."""
+    """What `implies` and `unsure` say, to label other texts as the examples are.
+
+    Raises NotConfiguredError.
+    """
     document = _load(root, EXAMPLES_FILE)
     return _read_lists(document, "implies"), _read_lists(document, "unsure")
 
