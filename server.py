@@ -23,7 +23,8 @@ from modules.tunnel import Tunnel
 
 if TYPE_CHECKING:
     from modules.context import Context
-    from modules.models import LoadedModel, ModelManager
+    from modules.loaded_model import LoadedModel
+    from modules.models import ModelManager
 
 logger = logging.getLogger(__name__)
 

@@ -21,8 +21,9 @@ if __name__ == "__main__":  # in place of this folder, whose files have the name
 from benchmarks.report import Report, print_machine
 from modules.chat import ChatOptions, ChatResources, open_conversation
 from modules.context_fitting import Room, fit_prompt
+from modules.loaded_model import LoadedModel
 from modules.model_files import DEFAULT_MODEL
-from modules.models import LoadedModel, load_model
+from modules.model_loading import load_model
 from modules.settings import PROJECT_ROOT, load_settings
 
 MODES = ("instruct", "chat", "chat-instruct")

@@ -36,8 +36,9 @@ import torch.nn.functional as F
 from benchmarks.report import Report, peer_environment, print_machine
 from benchmarks.stopwatch import random_prompts, time_decoding, time_reading
 from modules.engine.engine import Engine
+from modules.loaded_model import LoadedModel
 from modules.model_files import find_model
-from modules.models import LoadedModel, load_model
+from modules.model_loading import load_model
 from modules.settings import Settings, load_settings
 
 BENCHMARKS = Path(__file__).resolve().parent

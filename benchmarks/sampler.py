@@ -26,7 +26,8 @@ from benchmarks.stopwatch import Prompt, time_decoding
 from modules.engine import model_runner
 from modules.engine.engine import Engine
 from modules.engine.sampling_params import SamplingParams
-from modules.models import LoadedModel, load_model
+from modules.loaded_model import LoadedModel
+from modules.model_loading import load_model
 from modules.settings import PROJECT_ROOT, load_settings
 
 PENALTIES: Mapping[str, Any] = {

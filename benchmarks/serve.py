@@ -583,7 +583,7 @@ class InProcess:
     """Our engine in this process, asked for what the servers are asked for."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        from modules.models import load_model
+        from modules.model_loading import load_model
         from modules.settings import load_settings
 
         flags = ["--max-num-seqs", str(max(options.streams)), *options.ours_flags.split()]

@@ -15,8 +15,8 @@ from math import ceil
 from modules.chat import Conversation, Prompt
 from modules.errors import ContextLengthExceededError, TemplateError
 from modules.literal_text import unmark
+from modules.loaded_model import LoadedModel
 from modules.messages import Message, split_droppable, take_leading_system
-from modules.models import LoadedModel
 
 # What is dropped reaches up to a multiple of this part of what a prompt may have.
 BLOCKS_PER_PROMPT = 4

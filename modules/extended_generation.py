@@ -20,7 +20,7 @@ from modules.engine.custom_processors import LogitsProcessor
 from modules.errors import HookError
 from modules.extensions import Extensions
 from modules.hooks import State, blame
-from modules.models import LoadedModel
+from modules.loaded_model import LoadedModel
 from modules.text_generation import Generation, TextDelta, TextRequest, TokenIds
 from modules.written_replies import REPLY_HOOK, write_replies
 

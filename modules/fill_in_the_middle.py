@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from modules.errors import InvalidRequestError
-from modules.models import LoadedModel
+from modules.loaded_model import LoadedModel
 from modules.prompt_tokens import EncodedPrompt
 
 

@@ -156,7 +156,7 @@ def load_classifier(name: str, settings: Settings) -> Classifier:
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from modules.models import blame, to_folder
+    from modules.model_loading import blame, to_folder
 
     try:
         found = find_model(name, settings, ModelKind.CLASSIFICATION)

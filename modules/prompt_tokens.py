@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from modules.models import LoadedModel
+from modules.loaded_model import LoadedModel
 
 
 @dataclass(frozen=True, slots=True)

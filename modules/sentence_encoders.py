@@ -256,7 +256,7 @@ def _load(
 ) -> tuple[FoundModel, Any]:
     library = import_package("sentence_transformers", capability, PACKAGE)
     # Here and not above: it loads slowly, and only this needs it.
-    from modules.models import blame, to_folder
+    from modules.model_loading import blame, to_folder
 
     device = _choose_device(settings)
     try:

@@ -28,7 +28,7 @@ from modules.errors import (
     InvalidRequestError,
 )
 from modules.fill_in_the_middle import enclose, find_fim_tokens
-from modules.models import LoadedModel
+from modules.loaded_model import LoadedModel
 from modules.prompt_tokens import EncodedPrompt, Truncation, encode_prompt
 from modules.token_healing import heal
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from modules.detokenizer import IncrementalDetokenizer
 from modules.engine.sampling_params import SamplingParams
-from modules.models import LoadedModel
+from modules.loaded_model import LoadedModel
 
 
 @dataclass(frozen=True, slots=True)

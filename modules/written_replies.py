@@ -11,7 +11,7 @@ from modules.engine.outputs import FinishReason, TokenOutput
 from modules.errors import InvalidRequestError
 from modules.extensions import Extensions
 from modules.hooks import State
-from modules.models import LoadedModel
+from modules.loaded_model import LoadedModel
 from modules.prompt_tokens import encode_prompt
 from modules.text_generation import Generation, TextDelta, TextRequest, TokenIds
 

@@ -18,7 +18,7 @@ from starlette.types import Message
 
 from modules.context import build_context
 from modules.extensions import FOLDER, load_extensions
-from modules.models import LoadedModel
+from modules.loaded_model import LoadedModel
 from modules.settings import Settings
 from tests.fakes import FakeEngine, FakeModelManager, build_model, build_tokenizer
 

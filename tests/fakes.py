@@ -15,7 +15,7 @@ from modules.engine.outputs import FinishReason, TokenOutput, TopLogprobs
 from modules.engine.sequence import SequenceRequest
 from modules.errors import EngineDeadError, GenerationAbortedError, NoModelLoadedError
 from modules.instruction_templates import ChatTemplate, TemplateSource
-from modules.models import LoadedModel
+from modules.loaded_model import LoadedModel
 from modules.prompt_encoder import PromptEncoder
 from modules.vocabulary import Vocabulary
 

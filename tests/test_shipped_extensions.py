@@ -16,7 +16,7 @@ from modules.engine.engine import Engine, EngineConfig
 from modules.errors import ExtensionError
 from modules.extensions import FOLDER, load_extensions
 from modules.hooks import HOOKS
-from modules.models import LoadedModel
+from modules.loaded_model import LoadedModel
 from modules.settings import Settings
 from tests.conftest import MakeApp, connect
 from tests.engine.conftest import CONFIGS

@@ -34,7 +34,7 @@ from extensions.openai.typing import ChatCompletionRequest
 from extensions.openai.usage import UsageCounter
 from modules.context import Context
 from modules.extended_generation import generate, modify_output
-from modules.models import LoadedModel
+from modules.loaded_model import LoadedModel
 from modules.settings import PROJECT_ROOT
 from modules.text_generation import TextDelta, TextRequest
 

@@ -21,7 +21,7 @@ from modules.context import Context
 from modules.extensions import Extensions
 from modules.hooks import State
 from modules.literal_text import unmark
-from modules.models import LoadedModel
+from modules.loaded_model import LoadedModel
 
 Body = ChatCompletionRequest
 

@@ -16,7 +16,7 @@ from modules.chat_rendering import EditOpening
 from modules.context_fitting import Room, fit_prompt
 from modules.errors import ContextLengthExceededError, InvalidRequestError, SettingsError
 from modules.instruction_templates import ChatTemplate, TemplateSource, TurnOverrides
-from modules.models import LoadedModel
+from modules.loaded_model import LoadedModel
 from modules.prompt_tokens import strip_bos
 from modules.settings import PROJECT_ROOT, Settings
 

@@ -18,7 +18,7 @@ from extensions.openai.sampling import NUM_RESERVED, to_max_tokens
 from extensions.openai.typing import GenerationOptions
 from modules.extensions import Extensions
 from modules.hooks import State
-from modules.models import LoadedModel
+from modules.loaded_model import LoadedModel
 
 Body = TypeVar("Body", bound=GenerationOptions)
 

@@ -21,7 +21,7 @@ from modules import text_generation
 from modules.context import Context
 from modules.engine.sampling_params import SamplingParams
 from modules.errors import InvalidRequestError
-from modules.models import LoadedModel
+from modules.loaded_model import LoadedModel
 from modules.settings import PROJECT_ROOT
 from modules.text_generation import TextRequest
 

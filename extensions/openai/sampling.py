@@ -15,7 +15,7 @@ from modules.engine.contrastive_search import ContrastiveOptions
 from modules.engine.sampling_params import DEFAULT_SAMPLER_ORDER, SamplerStep, SamplingParams
 from modules.engine.searches import SearchOptions
 from modules.errors import InvalidRequestError
-from modules.models import LoadedModel
+from modules.loaded_model import LoadedModel
 from modules.presets import load_preset
 from modules.prompt_tokens import Truncation
 

@@ -28,7 +28,7 @@ from extensions.openai.typing import (
     TokenizeRequest,
 )
 from modules.context import Context
-from modules.models import LoadedModel
+from modules.loaded_model import LoadedModel
 from modules.settings import Settings
 
 

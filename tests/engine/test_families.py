@@ -13,7 +13,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from modules.engine.engine import Engine, EngineConfig
 from modules.engine.generate_engine import GenerateEngine
-from modules.models import try_out
+from modules.model_loading import try_out
 from tests.engine.conftest import CONFIGS, SHAPE, build_model, request, run, token_ids
 from tests.engine.test_engine import generate, random_prompts
 from tests.engine.test_probe import REFUSED

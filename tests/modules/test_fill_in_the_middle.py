@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerFast
 
 from modules.errors import InvalidRequestError
 from modules.fill_in_the_middle import SPELLINGS, Spelling, enclose, find_fim_tokens
-from modules.models import LoadedModel
+from modules.loaded_model import LoadedModel
 from modules.prompt_tokens import EncodedPrompt
 from tests.fakes import END_OF_TEXT, FakeEngine, build_model, build_tokenizer
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from modules.models import LoadedModel
+from modules.loaded_model import LoadedModel
 from modules.prompt_tokens import EncodedPrompt, Truncation, encode_prompt
 from tests.fakes import END_OF_TEXT as BOS
 

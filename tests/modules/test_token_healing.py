@@ -5,7 +5,7 @@ import math
 import pytest
 
 from modules.engine.sampling_params import SamplingParams
-from modules.models import LoadedModel
+from modules.loaded_model import LoadedModel
 from modules.token_healing import HealedPrompt, find_first_tokens, heal
 from tests.fakes import IM_END, VOCAB_SIZE, FakeEngine, build_model, build_tokenizer
 

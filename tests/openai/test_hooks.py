@@ -16,7 +16,7 @@ from extensions.openai.hooks import _dump, _read_state, build_state
 from extensions.openai.typing import ChatCompletionRequest, CompletionRequest
 from modules.engine.engine import EngineConfig
 from modules.extensions import Extensions
-from modules.models import LoadedModel
+from modules.loaded_model import LoadedModel
 from tests.conftest import AsgiCall, LoadScripts, connect, wait_for
 from tests.fakes import FakeEngine, FakeModelManager
 from tests.openai.assertions import (

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from modules.engine.async_engine import AsyncEngine
 from modules.engine.engine import Engine, EngineConfig
-from modules.models import LoadedModel
+from modules.loaded_model import LoadedModel
 from modules.vocabulary import Vocabulary
 from tests.conftest import MakeApp, connect
 from tests.fakes import VOCAB_SIZE, FakeEngine, FakeModelManager, build_model

@@ -11,7 +11,7 @@ import pytest
 
 from extensions.openai.logprobs import make_text_reader
 from modules.engine.outputs import TokenOutput
-from modules.models import LoadedModel
+from modules.loaded_model import LoadedModel
 from modules.text_generation import TextDelta
 from modules.vocabulary import Vocabulary
 from tests.conftest import connect

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from modules.engine.engine import EngineConfig
-from modules.models import LoadedModel
+from modules.loaded_model import LoadedModel
 from tests.fakes import (
     IM_END,
     FakeEngine,

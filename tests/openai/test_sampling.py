@@ -21,7 +21,7 @@ from extensions.openai.typing import (
 )
 from modules.engine.sampling_params import DEFAULT_SAMPLER_ORDER, SamplerStep, SamplingParams
 from modules.errors import InvalidRequestError
-from modules.models import LoadedModel
+from modules.loaded_model import LoadedModel
 from modules.presets import list_presets
 from modules.prompt_tokens import Truncation
 from modules.settings import PROJECT_ROOT

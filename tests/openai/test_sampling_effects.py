@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from modules.engine.engine import EngineConfig
-from modules.models import LoadedModel
+from modules.loaded_model import LoadedModel
 from tests.fakes import (
     IM_END,
     VOCAB_SIZE,

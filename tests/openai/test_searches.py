@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from modules.engine.async_engine import AsyncEngine
 from modules.engine.contrastive_search import ContrastiveOptions
 from modules.engine.engine import Engine, EngineConfig
-from modules.models import LoadedModel
+from modules.loaded_model import LoadedModel
 from tests.engine.conftest import CONFIGS, build_model
 from tests.engine.test_contrastive_search import search_by_definition
 from tests.engine.test_engine import generate

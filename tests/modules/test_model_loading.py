@@ -40,22 +40,18 @@ from transformers import (
     T5Config,
 )
 
-from modules import model_files, models
+from modules import memory, model_files, model_loading
 from modules.engine.engine import Engine, EngineConfig
 from modules.engine.outputs import FinishReason
 from modules.engine.sampling_params import SamplingParams
 from modules.errors import ModelError, ModelLoadError, ModelNotFoundError
 from modules.literal_text import unmark
+from modules.loaded_model import LoadedModel
+from modules.memory import available_memory
 from modules.model_files import find_model, how_to_get_bundled, list_models
-from modules.models import (
-    LoadedModel,
-    ModelManager,
-    available_memory,
-    find_eos_token_ids,
-    load_model,
-    pin_rotary_factors,
-    try_out,
-)
+from modules.model_loading import find_eos_token_ids, load_model, try_out
+from modules.models import ModelManager
+from modules.rotary_positions import pin_rotary_factors
 from modules.settings import PROJECT_ROOT, Settings
 from modules.text_generation import TextRequest, generate
 from tests import fakes
@@ -383,21 +379,23 @@ def test_integers_where_the_cpu_has_instructions_for_it_or_if_asked(
     ],
 )
 def test_says_what_a_card_needs(wishes, installed, missing, monkeypatch) -> None:
-    monkeypatch.setattr(models, "find_spec", lambda name: name if name in installed else None)
+    monkeypatch.setattr(
+        model_loading, "find_spec", lambda name: name if name in installed else None
+    )
     with pytest.raises(ModelLoadError, match=missing):
-        models._placement(Settings(**wishes), "cuda")
+        model_loading._placement(Settings(**wishes), "cuda")
 
 
 def test_weights_in_fewer_bits_go_where_they_are_to_be(monkeypatch) -> None:
-    monkeypatch.setattr(models, "find_spec", lambda name: name)
+    monkeypatch.setattr(model_loading, "find_spec", lambda name: name)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    assert models._placement(Settings(), "cuda") == {}
-    assert models._placement(Settings(device_map="auto"), "cpu") == {}
-    four = models._placement(Settings(dtype="int4"), "cuda")
+    assert model_loading._placement(Settings(), "cuda") == {}
+    assert model_loading._placement(Settings(device_map="auto"), "cpu") == {}
+    four = model_loading._placement(Settings(dtype="int4"), "cuda")
     assert four["device_map"] == {"": 1}
     assert four["quantization_config"].load_in_4bit
     assert not four["quantization_config"].load_in_8bit
-    eight = models._placement(Settings(dtype="int8", device_map="auto"), "cuda")
+    eight = model_loading._placement(Settings(dtype="int8", device_map="auto"), "cuda")
     assert eight["device_map"] == "auto"
     assert eight["quantization_config"].load_in_8bit
 
@@ -406,7 +404,7 @@ def test_the_fullest_card_says_how_much_is_free(monkeypatch) -> None:
     free = {"cuda:0": 300, "cuda:1": 200}
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda card: (free[str(card)], 1000))
-    assert models.free_card_memory([torch.device("cuda:0"), torch.device("cuda:1")]) == 400
+    assert memory.free_card_memory([torch.device("cuda:0"), torch.device("cuda:1")]) == 400
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
@@ -809,7 +807,7 @@ def test_a_model_that_cannot_be_batched_answers_all_the_same(
     manager = ModelManager(make_settings(model_dir))
     with caplog.at_level(logging.WARNING):
         model = manager.load("odd")
-    (warning,) = [r for r in caplog.records if r.name == "modules.models"]
+    (warning,) = [r for r in caplog.records if r.name == "modules.model_loading"]
     assert warning.getMessage().startswith("odd: This kind of model")
     assert warning.getMessage().endswith("exchanged. Requests run one at a time.")
     assert (model.dtype, model.max_model_len) == ("float32", 2048)

@@ -1,0 +1,59 @@
+"""LoadedModel: what one loaded model is to everything that generates with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from modules.engine.async_engine import AsyncEngine
+from modules.errors import InvalidRequestError
+from modules.instruction_templates import ChatTemplate
+from modules.prompt_encoder import PromptEncoder
+from modules.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A model that can generate. A request keeps the one it began with."""
+
+    name: str
+    engine: AsyncEngine
+    tokenizer: PreTrainedTokenizerBase
+    vocab_size: int
+    max_model_len: int
+    """Most tokens of prompt and reply together; of an encoder-decoder, of each."""
+    chat_template: ChatTemplate
+    vocabulary: Vocabulary
+    prompt_encoder: PromptEncoder
+    eos_token_ids: frozenset[int] = frozenset()
+    """They end a reply."""
+    max_guided_len: int | None = None
+    """As `max_model_len`, with a negative prompt; None: the same."""
+    continues_prompt: bool = True
+    """False where the reply is a text of its own, as an encoder-decoder's is."""
+    device: str = "cpu"
+    dtype: str = "float32"
+
+    def check_token_ids(self, token_ids: Iterable[int], param: str) -> None:
+        """Raises InvalidRequestError, with the wire name of the field that they came in."""
+        unknown = next((i for i in token_ids if not 0 <= i < self.vocab_size), None)
+        if unknown is not None:
+            raise InvalidRequestError(
+                f"Invalid value for '{param}': Token id {unknown} is outside the model's "
+                f"vocabulary of {self.vocab_size}.",
+                param,
+            )
+
+    def encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
+        text = self.tokenizer.decode(
+            list(token_ids),
+            skip_special_tokens=skip_special_tokens,
+            clean_up_tokenization_spaces=False,  # it would change text that has been sent already
+        )
+        assert isinstance(text, str)
+        return text

@@ -1,0 +1,401 @@
+"""Loading a model: files → LoadedModel, with its engine running.
+
+Sole caller of from_pretrained for models that write text. Which models are loaded at the same time
+is `models.py`' business.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from modules import conversions
+from modules.engine.async_engine import AsyncEngine
+from modules.engine.cache_manager import BLOCK_SIZE
+from modules.engine.engine import Engine, EngineConfig
+from modules.engine.fused_layers import FORMATS, quantize_model
+from modules.engine.generate_engine import GenerateEngine
+from modules.engine.probe import count_kv_bytes, probe, probe_alone
+from modules.errors import ModelLoadError, NotBatchableError, ServerError
+from modules.instruction_templates import ChatTemplate, choose_template
+from modules.loaded_model import LoadedModel
+from modules.memory import GIB, available_memory, free_card_memory
+from modules.model_files import FoundModel, find_model
+from modules.prompt_encoder import PromptEncoder
+from modules.rotary_positions import pin_rotary_factors, require_fixed_positions
+from modules.settings import PROJECT_ROOT, Settings
+from modules.vocabulary import Vocabulary
+
+logger = logging.getLogger(__name__)
+
+# Of the memory that is free once the weights are loaded.
+KV_CACHE_SHARE = {"cpu": 0.4, "cuda": 0.85}
+# Where a model says nothing about its context.
+DEFAULT_MAX_MODEL_LEN = 2048
+
+# What files that are damaged, or do not fit together, make the libraries raise.
+_FILE_FAULTS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
+
+
+def load_model(name: str, settings: Settings) -> LoadedModel:
+    """Find `name`, load it and start its engine. Raises: ModelNotFoundError, ModelLoadError."""
+    found = find_model(name, settings)
+    with blame(found):
+        return _run_in_own_thread(partial(_load, found, settings))
+
+
+def _run_in_own_thread(load: Callable[[], LoadedModel]) -> LoadedModel:
+    """OpenMP gives each thread that computes a team of helpers, and takes them back when it ends.
+
+    With the teams of two threads there are more helpers than cores, and all of them sleep in the
+    kernel between steps: a step of one token took 26 ms instead of 5. So the inference thread shall
+    be the only one that computes and stays.
+    """
+    executor = ThreadPoolExecutor(1, "loading")
+    future = executor.submit(load)
+    executor.shutdown(wait=False)  # the thread ends with its work
+    return future.result()
+
+
+def _load(found: FoundModel, settings: Settings) -> LoadedModel:
+    device = "cuda" if torch.cuda.is_available() and not settings.cpu else "cpu"
+    folder = to_folder(found.path, settings)
+    tokenizer = _load_tokenizer(folder, settings, is_converted=folder != found.path)
+    model = _load_weights(folder, settings, device)
+    wished_model_len = _wished_model_len(model.config, tokenizer, settings)
+    is_batched = try_out(found.name, model, wished_model_len)
+    # After the probe, which compares with the model's own layers.
+    wished = _quantized_dtype(settings, device)
+    is_quantized = is_batched and wished is not None and quantize_model(model, wished)
+    if settings.dtype in FORMATS and device == "cpu" and not is_quantized:
+        raise ModelLoadError(
+            f"{found.name} cannot be loaded in {settings.dtype}: its layers are not known."
+        )
+    config = _choose_config(model, tokenizer, wished_model_len, is_batched, settings)
+    if is_batched:
+        pin_rotary_factors(model, config.max_model_len)
+    engine = Engine(model, config) if is_batched else GenerateEngine(model, config)
+    # The length is checked where a prompt comes in; transformers would only warn of it.
+    tokenizer.model_max_length = int(1e30)
+    return LoadedModel(
+        name=found.name,
+        tokenizer=tokenizer,
+        vocab_size=_vocab_size(model),
+        vocabulary=Vocabulary(tokenizer, _vocab_size(model)),
+        prompt_encoder=PromptEncoder(
+            tokenizer,
+            config.eos_token_ids,
+            reads_special_tokens=settings.special_tokens_in_messages,
+        ),
+        max_model_len=config.max_model_len,
+        chat_template=_choose_template(found.name, tokenizer, settings),
+        eos_token_ids=config.eos_token_ids,
+        max_guided_len=engine.max_guided_len,
+        continues_prompt=not model.config.is_encoder_decoder,
+        device=device,
+        dtype=wished if wished and is_quantized else _dtype_name(model, settings),
+        engine=AsyncEngine(engine),  # last: it has a thread, which nobody would end
+    )
+
+
+def _dtype_name(model: PreTrainedModel, settings: Settings) -> str:
+    if model.device.type == "cuda" and settings.dtype in FORMATS:
+        return settings.dtype
+    return str(model.dtype).removeprefix("torch.")
+
+
+def try_out(name: str, model: PreTrainedModel, max_model_len: int) -> bool:
+    """Whether `model` is for batches; if not, it runs alone.
+
+    Raises ModelLoadError if it does not run at all.
+    """
+    try:
+        require_fixed_positions(model.config.get_text_config(), max_model_len)
+        probe(model)
+    except NotBatchableError as error:
+        probe_alone(model)
+        logger.warning("%s: %s Requests run one at a time.", name, error)
+        return False
+    return True
+
+
+def _choose_config(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    wished_model_len: int,
+    is_batched: bool,
+    settings: Settings,
+) -> EngineConfig:
+    num_cache_tokens = wished_model_len
+    if is_batched:  # else nobody knows what the model's own cache takes
+        memory = _kv_cache_bytes(settings, model)
+        num_cache_tokens = memory // count_kv_bytes(model)
+    return EngineConfig(
+        max_model_len=_fit_model_len(wished_model_len, num_cache_tokens, settings),
+        eos_token_ids=find_eos_token_ids(model, tokenizer),
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        is_deterministic=settings.deterministic,
+        num_cache_tokens=num_cache_tokens,
+        # A card's memory is taken anyway.
+        num_retained_tokens=num_cache_tokens if model.device.type == "cuda" else None,
+    )
+
+
+def _vocab_size(model: PreTrainedModel) -> int:
+    embeddings: Any = model.get_input_embeddings()
+    return int(embeddings.num_embeddings)
+
+
+@contextmanager
+def blame(found: FoundModel) -> Iterator[None]:
+    """Whatever the files of a model make a library raise becomes one line that names them."""
+    try:
+        yield
+    except ServerError:
+        raise
+    except _FILE_FAULTS as error:
+        raise ModelLoadError(
+            f"{found.name} cannot be loaded from {found.path}: {_first_line(error)}"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    """transformers explains at length what to do in a program of one's own."""
+    lines = str(error).strip().splitlines()
+    if isinstance(error, OSError | RuntimeError | SafetensorError | ValueError) and lines:
+        return lines[0]
+    return ": ".join([type(error).__name__, *lines[:1]])
+
+
+def to_folder(path: Path, settings: Settings) -> Path:
+    """The folder of a model in transformers' format."""
+    if path.is_dir():
+        return path
+    # Here and not above: it leans on parts of transformers that other versions do not have, and
+    # models of other kinds need none of them.
+    from modules import gguf
+
+    return gguf.convert(path, settings.model_dir / conversions.FOLDER, print)
+
+
+def _load_tokenizer(
+    folder: Path, settings: Settings, is_converted: bool
+) -> PreTrainedTokenizerBase:
+    # What we converted says all about its tokenizer; AutoTokenizer would overrule some of it.
+    tokenizer_class = PreTrainedTokenizerFast if is_converted else AutoTokenizer
+    try:
+        tokenizer: PreTrainedTokenizerBase = tokenizer_class.from_pretrained(
+            folder, **_source_options(settings)
+        )
+    except Exception as error:  # tokenizers raises that very class where a file is damaged
+        raise ModelLoadError(
+            f"The tokenizer in {folder} cannot be loaded: {_first_line(error)}"
+        ) from error
+    return tokenizer
+
+
+def _load_weights(folder: Path, settings: Settings, device: str) -> PreTrainedModel:
+    options = _source_options(settings)
+    placement = _placement(settings, device)
+    config = AutoConfig.from_pretrained(folder, **options)
+    auto_model = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    with _without_reports():
+        result: Any = auto_model.from_pretrained(
+            folder,
+            dtype=_choose_dtype(settings, device),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are reported below, by name
+            **placement,
+            **options,
+        )
+    model, info = result
+    _require_all_weights(folder, info)
+    loaded: PreTrainedModel = model if placement else model.to(device)
+    return loaded
+
+
+@contextmanager
+def _without_reports() -> Iterator[None]:
+    """Without transformers' table of keys: what matters of it becomes an error here."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
+def _require_all_weights(folder: Path, info: dict[str, Any]) -> None:
+    """transformers fills what is missing with random numbers, and goes on."""
+    faults = {
+        "lacks": sorted(info["missing_keys"]),
+        "has in another shape than its config.json says": sorted(
+            key for key, *_ in info["mismatched_keys"]
+        ),
+    }
+    for fault, names in faults.items():
+        if names:
+            some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            raise ModelLoadError(f"{folder} {fault} {len(names)} of the model's weights: {some}.")
+
+
+def _source_options(settings: Settings) -> dict[str, Any]:
+    # What has been found is on this disk: nothing else may be asked for while loading it.
+    return {"local_files_only": True, "trust_remote_code": settings.trust_remote_code}
+
+
+def _choose_dtype(settings: Settings, device: str) -> torch.dtype:
+    """Of the weights as they are loaded, or of what is not in fewer bits."""
+    if settings.dtype not in ("auto", *FORMATS):
+        dtype: torch.dtype = getattr(torch, settings.dtype)
+        return dtype
+    return torch.bfloat16 if device == "cuda" else torch.float32
+
+
+def _quantized_dtype(settings: Settings, device: str) -> str | None:
+    """Of `FORMATS`: if nothing is asked for, int8 on a CPU that has instructions for it."""
+    if device != "cpu":
+        return None
+    if settings.dtype == "auto":
+        return "int8" if torch.cpu._is_vnni_supported() else None
+    return settings.dtype if settings.dtype in FORMATS else None
+
+
+def _placement(settings: Settings, device: str) -> dict[str, Any]:
+    """Options of from_pretrained that put weights on cards themselves, some of them in fewer bits.
+
+    Raises ModelLoadError if a library that does it is missing.
+    """
+    if device != "cuda":
+        return {}
+    options: dict[str, Any] = {}
+    if settings.device_map is not None:
+        _require_package("accelerate", "--device-map")
+        options["device_map"] = settings.device_map
+    if settings.dtype in FORMATS:
+        flag = f"--load-in-{settings.dtype[3:]}bit"
+        _require_package("bitsandbytes", flag)
+        _require_package("accelerate", flag)
+        options.setdefault("device_map", {"": torch.cuda.current_device()})
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=settings.dtype == "int8",
+            load_in_4bit=settings.dtype == "int4",
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    return options
+
+
+def _require_package(name: str, flag: str) -> None:
+    if find_spec(name) is None:
+        raise ModelLoadError(f"{flag} needs a package that is missing: pip install {name}")
+
+
+def _choose_template(
+    name: str, tokenizer: PreTrainedTokenizerBase, settings: Settings
+) -> ChatTemplate:
+    return choose_template(
+        root=PROJECT_ROOT,
+        model_name=name,
+        model_chat_template=tokenizer.chat_template,
+        special_tokens=tokenizer.special_tokens_map,
+        vocabulary=tokenizer.get_added_vocab(),
+        settings_name=settings.instruction_template,
+        settings_text=settings.instruction_template_str,
+    )
+
+
+def find_eos_token_ids(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> frozenset[int]:
+    """Every token that ends a reply: the generation configuration may name one or a list."""
+    ids = model.generation_config.eos_token_id if model.generation_config else None
+    listed = ids if isinstance(ids, list) else [ids]
+    return frozenset(i for i in (*listed, tokenizer.eos_token_id) if i is not None)
+
+
+# How long a context may be
+
+
+def _wished_model_len(
+    config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, settings: Settings
+) -> int:
+    """Of what the model was made for, as much as is asked for, in tokens."""
+    own = getattr(config.get_text_config(), "max_position_embeddings", None)
+    # A tokenizer that knows no limit says so with an astronomical number.
+    known = tokenizer.model_max_length if tokenizer.model_max_length < 1e9 else None
+    asked = settings.max_model_len
+    limit = int(own or known or asked or DEFAULT_MAX_MODEL_LEN)
+    if limit < 2:
+        raise ValueError(f"a context of {limit} tokens has no room for a prompt and a reply")
+    return min(limit, asked or limit)
+
+
+def _fit_model_len(wished: int, num_cache_tokens: int, settings: Settings) -> int:
+    """What is wished for, or what fits into memory.
+
+    Raises ModelLoadError if it was asked for and does not fit, or if nothing does.
+    """
+    if num_cache_tokens >= wished:
+        return wished
+    room = f"the keys and values of {num_cache_tokens} tokens fit into memory"
+    if settings.max_model_len is not None:
+        raise ModelLoadError(
+            f"{wished} tokens of context are too many: {room}. "
+            "Lower --max-model-len, or raise --kv-cache-memory."
+        )
+    if num_cache_tokens < BLOCK_SIZE:
+        raise ModelLoadError(f"There is no room for a context: {room}. Raise --kv-cache-memory.")
+    logger.warning("context limited to %d of %d tokens by memory", num_cache_tokens, wished)
+    return num_cache_tokens
+
+
+def _kv_cache_bytes(settings: Settings, model: PreTrainedModel) -> int:
+    """Measured after the weights, whatever they are made of."""
+    if settings.kv_cache_memory is not None:
+        return int(settings.kv_cache_memory * GIB)
+    device = model.device.type
+    free = free_card_memory(_cards(model)) if device == "cuda" else available_memory()
+    return int(free * KV_CACHE_SHARE[device])
+
+
+def _cards(model: PreTrainedModel) -> list[torch.device]:
+    parameters = {parameter.device for parameter in model.parameters()}
+    return sorted((d for d in parameters if d.type == "cuda"), key=str)
