@@ -21,7 +21,8 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from modules import gguf_tokenizers
 from modules.errors import ModelLoadError
-from modules.gguf import GgufFile, convert
+from modules.gguf import convert
+from modules.gguf_file import GgufFile
 from modules.gguf_tokenizers import build_tokenizer, end_token_ids
 
 ROOT = Path(__file__).parents[2]
