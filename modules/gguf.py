@@ -1,7 +1,7 @@
 """Turns a .gguf file into a folder that transformers' `from_pretrained` loads, once per file.
 
-Drives transformers' mapping of names and weights. What is in the file is `gguf_file`'s business, and
-what the tokenizer is like `gguf_tokenizers`'; who loads the folder, or when, is not known here.
+Drives transformers' mapping of names and weights. What is in the file is `gguf_file`'s business,
+what the tokenizer is like that of `gguf_tokenizers`; who loads the folder is not known here.
 """
 
 import copy

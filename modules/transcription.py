@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from modules import conversions
@@ -108,7 +107,7 @@ class Transcriber:
 
     def _open_shelf(self) -> _Shelf:
         import_faster_whisper()
-        return _Shelf(self._settings.model_dir / conversions.FOLDER)
+        return _Shelf(self._settings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +119,9 @@ class _Opening:
 class _Shelf:
     """Has room for one model: the last one that was asked for."""
 
-    def __init__(self, cache_root: Path) -> None:
-        self._cache_root = cache_root
+    def __init__(self, settings: Settings) -> None:
+        self._cache_root = settings.model_dir / conversions.FOLDER
+        self._allow_pickle = settings.allow_pickle
         self._found: FoundModel | None = None
         self._model: WhisperModel | None = None
 
@@ -130,7 +130,8 @@ class _Shelf:
         if self._model is None or self._found != found:
             self._model = None  # before the next one takes its memory
             with blame(found.name):
-                self._model = WhisperModel(found.name, convert(found.path, self._cache_root))
+                folder = convert(found.path, self._cache_root, self._allow_pickle)
+                self._model = WhisperModel(found.name, folder)
             self._found = found
         return self._model
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import huggingface_hub
@@ -17,7 +18,17 @@ from huggingface_hub.errors import (
 
 from modules import model_files
 from modules.errors import ModelLoadError, ModelNotFoundError
-from modules.model_files import find_model, how_to_get_bundled, list_models
+from modules.model_files import (
+    BUNDLED_MODELS,
+    find_bundled,
+    find_entry,
+    find_model,
+    how_to_get_bundled,
+    list_entries,
+    list_models,
+)
+from modules.model_kinds import ModelKind
+from modules.settings import Settings
 from tests.modules.conftest import BUNDLED, Hub, cache_as, make_settings, one_line, write_gguf
 
 # Which models there are
@@ -35,6 +46,80 @@ def test_lists_what_can_be_loaded(model_dir: Path, tiny: Path) -> None:
     assert names == ["loose", "one", "tiny", "two/a", "two/b"]
     for name in names:
         assert find_model(name, make_settings(model_dir)).name == name
+
+
+def list_details(settings: Settings) -> dict[str, tuple[ModelKind, str, int | None]]:
+    entries = list_entries(settings)
+    assert [entry.name for entry in entries] == sorted((e.name for e in entries), key=str.lower)
+    return {entry.name: (entry.kind, entry.format, entry.context_length) for entry in entries}
+
+
+def test_lists_models_of_all_kinds(model_dir: Path, tiny: Path, tmp_path: Path) -> None:
+    encoder = shutil.copytree(tiny, model_dir / "encoder")
+    (encoder / "config.json").write_text('{"architectures": ["BertModel"], "n_positions": 99}')
+    (encoder / "modules.json").write_text("[]")
+    adapter = model_dir / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    broken = model_dir / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text("{")
+    pipeline = tmp_path / "pictures"
+    pipeline.mkdir()
+    (pipeline / "model_index.json").write_text("{}")
+    voices = model_dir / "voices"
+    voices.mkdir()
+    for name in ("anna.onnx", "anna.onnx.json", "no-configuration.onnx"):
+        (voices / name).touch()
+    settings = make_settings(model_dir, voice_dir=voices, image_model=pipeline)
+    bundled = {name for name, model in BUNDLED_MODELS.items() if find_bundled(name, model.kind)}
+    found = list_details(settings)
+    assert {name: found[name] for name in found.keys() - bundled} == {
+        "anna": (ModelKind.VOICE, "piper", None),
+        "broken": (ModelKind.TEXT, "transformers", None),
+        "encoder": (ModelKind.EMBEDDING, "sentence-transformers", 99),
+        "pictures": (ModelKind.IMAGE, "diffusers", None),
+        "tiny": (ModelKind.TEXT, "transformers", 512),
+    }
+    assert list_models(model_dir) == ["broken", "tiny"]
+    assert set(list_models(model_dir, ModelKind.EMBEDDING)) - bundled == {"encoder"}
+    entry = next(entry for entry in list_entries(settings) if entry.name == "tiny")
+    assert entry.path == tiny and not entry.accepts_images
+    assert entry.size == sum(file.stat().st_size for file in tiny.iterdir())
+    assert entry.modified == max(int(file.stat().st_mtime) for file in tiny.iterdir())
+
+
+def test_lists_what_is_bundled_as_what_it_is() -> None:
+    installed = {
+        name: model.kind for name, model in BUNDLED_MODELS.items() if find_bundled(name, model.kind)
+    }
+    if not installed:
+        pytest.skip("no bundled model is installed")
+    found = {entry.name: entry.kind for entry in list_entries(Settings())}
+    assert found.items() >= installed.items()
+
+
+def test_many_models_are_listed_at_once(model_dir: Path, saved: Path) -> None:
+    """No weights are read, and no header twice."""
+    for number in range(50):
+        shutil.copytree(saved, model_dir / f"folder-{number}")
+        write_gguf(model_dir / f"file-{number}.gguf")
+    settings = make_settings(model_dir)
+    start = time.perf_counter()
+    assert len(list_entries(settings)) >= 100
+    assert time.perf_counter() - start < 2  # 0.05 where nothing else runs
+
+
+def test_an_entry_of_any_place(model_dir: Path, tiny: Path, saved: Path) -> None:
+    settings = make_settings(model_dir)
+    entry = find_entry("TINY", settings, ModelKind.EMBEDDING)
+    assert entry and (entry.name, entry.kind) == ("tiny", ModelKind.EMBEDDING)
+    entry = find_entry(str(saved), settings, ModelKind.TEXT)
+    assert entry and (entry.name, entry.path) == ("tiny", saved.resolve())
+    assert find_entry("org/name", settings, ModelKind.TEXT) is None
+    cache_as("org/name", saved)
+    entry = find_entry("org/name", settings, ModelKind.TEXT)
+    assert entry and (entry.name, entry.context_length) == ("org/name", 512)
 
 
 def test_a_missing_model_folder_has_no_models(tmp_path: Path, model_dir: Path) -> None:
@@ -187,6 +272,19 @@ def test_every_shard_must_be_there(model_dir: Path, saved: Path) -> None:
         find_model("org/name", make_settings(model_dir))
     (folder / "model-2.safetensors").touch()
     assert find_model("org/name", make_settings(model_dir)).path == folder
+
+
+def test_pickles_are_fetched_only_to_be_loaded(
+    model_dir: Path, saved: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(saved, tmp_path / "pickled")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    hub = Hub(folder)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
+    with pytest.raises(ModelLoadError, match="is incomplete"):
+        find_model("org/name", make_settings(model_dir))
+    assert "*.bin" not in hub.patterns
+    assert find_model("org/name", make_settings(model_dir, allow_pickle=True)).path.is_dir()
 
 
 def test_code_is_fetched_only_to_be_run(

@@ -208,9 +208,9 @@ def replace_weights(folder: Path, **changes: torch.Tensor | None) -> None:
 
 
 DAMAGE: dict[str, tuple[Any, str]] = {
-    "truncated weights": (lambda d: truncate(d / "model.safetensors"), "tiny cannot be loaded"),
-    "empty weights": (lambda d: (d / "model.safetensors").write_bytes(b""), "cannot be loaded"),
-    "no weights": (lambda d: (d / "model.safetensors").unlink(), "tiny cannot be loaded from"),
+    "truncated weights": (lambda d: truncate(d / "model.safetensors"), "safetensors is incomplete"),
+    "empty weights": (lambda d: (d / "model.safetensors").write_bytes(b""), "its header"),
+    "no weights": (lambda d: (d / "model.safetensors").unlink(), "There are no weights in"),
     "no JSON": (lambda d: (d / "config.json").write_text("{"), "cannot be loaded"),
     "a list for a configuration": (
         lambda d: (d / "config.json").write_text("[1]"),
