@@ -71,6 +71,10 @@ class ClassifierJudge:
         self._settings = settings
         self._worker: BatchWorker[str] = BatchWorker("moderations", self._load)
 
+    @property
+    def loaded_name(self) -> str | None:
+        return self._name if self._worker.is_loaded else None
+
     async def judge(self, texts: Sequence[str]) -> Judged:
         computed = await self._worker.run(texts)
         return Judged(self._name, computed.rows.astype(np.float64))

@@ -83,6 +83,12 @@ class SpeechSynthesizer:
         self._settings = settings
         self._worker = Worker("speech", _Shelf)
 
+    @property
+    def loaded_name(self) -> str | None:
+        """Of the voice that is in memory."""
+        shelf = self._worker.resource
+        return shelf.loaded_name if shelf else None
+
     async def speak(self, request: SpeechRequest) -> AsyncGenerator[SpeechPiece, None]:
         """The file in pieces, at least one per sentence. Closing this ends the work at the next.
 
@@ -184,6 +190,10 @@ class _Shelf:
         logging.getLogger("piper").setLevel(logging.ERROR)
         self._path: Path | None = None
         self._voice: _Voice | None = None
+
+    @property
+    def loaded_name(self) -> str | None:
+        return self._path.stem if self._voice and self._path else None
 
     def take(self, path: Path) -> _Voice:
         """Raises ModelLoadError."""

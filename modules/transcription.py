@@ -69,6 +69,12 @@ class Transcriber:
         self._settings = settings
         self._worker = Worker("transcription", self._open_shelf)
 
+    @property
+    def loaded_name(self) -> str | None:
+        """Of the model that is in memory."""
+        shelf = self._worker.resource
+        return shelf.loaded_name if shelf else None
+
     async def transcribe(self, audio: bytes, model: str, hearing: Hearing) -> Transcript:
         """Listen to the file `audio` with the model of that name, see `find_whisper`.
 
@@ -124,6 +130,10 @@ class _Shelf:
         self._allow_pickle = settings.allow_pickle
         self._found: FoundModel | None = None
         self._model: WhisperModel | None = None
+
+    @property
+    def loaded_name(self) -> str | None:
+        return self._model.name if self._model else None
 
     def take(self, found: FoundModel) -> WhisperModel:
         """Raises ModelLoadError."""
