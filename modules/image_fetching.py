@@ -30,9 +30,9 @@ CONNECTIONS = {"http": http.client.HTTPConnection, "https": http.client.HTTPSCon
 PORTS = {"http": 80, "https": 443}
 REDIRECTS = (301, 302, 303, 307, 308)
 HEADERS = {"Accept": "image/*", "Accept-Encoding": "identity", "Connection": "close"}
-# They name an IPv4 address that a gateway would pass the connection on to.
-_EMBEDDING = tuple(map(ipaddress.IPv6Network, ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16")))
-
+# All that the internet uses of IPv6, but for what names an IPv4 address behind a gateway.
+_UNICAST = ipaddress.IPv6Network("2000::/3")
+_6TO4 = ipaddress.IPv6Network("2002::/16")
 _FAULTS = (OSError, http.client.HTTPException, ValueError)
 
 Resolve = Callable[[str, int], Sequence[str]]
@@ -151,7 +151,7 @@ def is_public(address: str) -> bool:
     if isinstance(ip, ipaddress.IPv6Address):
         if ip.ipv4_mapped is not None:
             return is_public(str(ip.ipv4_mapped))
-        if ip.scope_id or ip.teredo or any(ip in network for network in _EMBEDDING):
+        if ip.teredo or ip in _6TO4 or ip not in _UNICAST:
             return False
     return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_unspecified)
 

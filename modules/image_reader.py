@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from modules.engine.image_inputs import ImageInputs
-from modules.errors import TemplateError
+from modules.errors import InvalidRequestError, TemplateError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -35,7 +35,8 @@ class ImageReader:
     def __init__(self, processor: Any) -> None:
         """`processor` is transformers', with a tokenizer of its own: it may change that.
 
-        Raises ValueError if it does not mark images by one token.
+        It reads a picture at once. Raises ValueError if it does not mark images by one token, and
+        what else comes out of a processor that cannot do it.
         """
         tokenizer = processor.tokenizer
         self._processor = processor
@@ -48,6 +49,8 @@ class ImageReader:
             raise ValueError("it has no token for images")
         self.placeholder_id: int = tokenizer.get_added_vocab()[self.placeholder]
         self.chat_template: str | dict[str, str] | None = processor.chat_template
+        self.sample = self.read([_draw_sample()])
+        """Of one small picture, to try a model with."""
 
     def read(self, pictures: Sequence[Image.Image]) -> ReadImages:
         """At least one. How many tokens one has may depend on the others."""
@@ -66,25 +69,34 @@ class ImageReader:
             raise ValueError("it does not write one place for each image")
         return ReadImages(token_ids, ImageInputs(dict(features), token_kinds))
 
-    def read_sample(self) -> ReadImages:
-        """Of one small picture, to try a model with."""
-        from PIL import Image
 
-        return self.read([Image.linear_gradient("L").resize((64, 48)).convert("RGB")])
+def _draw_sample() -> Image.Image:
+    from PIL import Image
+
+    return Image.linear_gradient("L").resize((64, 48)).convert("RGB")
+
+
+@dataclass(frozen=True, slots=True)
+class ShownImage:
+    picture: Image.Image
+    """In RGB."""
+    param: str
+    """Wire name of the part that it came in, for errors."""
 
 
 class RequestImages:
-    """The pictures of one request. Those that stay in its prompt are read once, all together."""
+    """The images of one request. Those that stay in its prompt are read once, all together."""
 
-    def __init__(self, reader: ImageReader, pictures: Sequence[Image.Image]) -> None:
+    def __init__(self, reader: ImageReader, images: Sequence[ShownImage]) -> None:
         self._reader = reader
-        self._pictures = tuple(pictures)
+        self._images = tuple(images)
         self._known: dict[tuple[int, ...], ReadImages] = {}
 
     def place(self, numbers: tuple[int, ...], token_ids: TokenIds) -> tuple[TokenIds, ImageInputs]:
         """A prompt with the tokens of the images of these numbers, and what else the model needs.
 
-        Raises TemplateError where the prompt has not as many places.
+        Raises TemplateError where the prompt has not as many places, and InvalidRequestError where
+        the model cannot read an image.
         """
         place = self._reader.placeholder_id
         if token_ids.count(place) != len(numbers):
@@ -95,13 +107,28 @@ class RequestImages:
         return tuple(chain.from_iterable(expanded)), images.inputs
 
     def count_tokens(self) -> list[int]:
-        """Of each picture, where all of them are in the prompt."""
-        return list(map(len, self._read(tuple(range(len(self._pictures)))).token_ids))
+        """Of each image, where all of them are in the prompt. Raises InvalidRequestError."""
+        return list(map(len, self._read(tuple(range(len(self._images)))).token_ids))
 
     def _read(self, numbers: tuple[int, ...]) -> ReadImages:
         if numbers not in self._known:
-            self._known[numbers] = self._reader.read([self._pictures[n] for n in numbers])
+            shown = [self._images[number] for number in numbers]
+            try:
+                self._known[numbers] = self._reader.read([image.picture for image in shown])
+            except ValueError:
+                raise self._blame(shown) from None
         return self._known[numbers]
+
+    def _blame(self, shown: Sequence[ShownImage]) -> InvalidRequestError:
+        """The error that names the first one that the processor refuses by itself."""
+        for image in shown:
+            try:
+                self._reader.read([image.picture])
+            except ValueError as error:
+                width, height = image.picture.size
+                text = f"This model cannot read an image of {width}x{height} pixels: {error}."
+                return InvalidRequestError(text, image.param)
+        return InvalidRequestError("This model cannot read these images together.", "messages")
 
 
 def _is_per_token(name: str, value: Any, ids: Tensor) -> bool:

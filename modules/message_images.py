@@ -8,15 +8,13 @@ from __future__ import annotations
 import base64
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import unquote_to_bytes
 
 from modules.errors import InvalidRequestError
 from modules.image_files import load_pillow, read_picture
 from modules.image_places import make_place
-
-if TYPE_CHECKING:
-    from PIL import Image
+from modules.image_reader import ShownImage
 
 PART_TYPES = ("image_url", "input_image")
 DETAILS = ("auto", "low", "high")
@@ -47,7 +45,7 @@ def has_images(messages: Sequence[Mapping[str, Any]]) -> bool:
 
 def take_images(
     messages: Sequence[Mapping[str, Any]], limits: ImageLimits, fetch: Fetch | None
-) -> tuple[list[Mapping[str, Any]], tuple[Image.Image, ...]]:
+) -> tuple[list[Mapping[str, Any]], tuple[ShownImage, ...]]:
     """The messages with a place for each image, and the images by their numbers.
 
     What else may be wrong with messages is left to be found where prompts are made of them.
@@ -102,11 +100,12 @@ def _check_part(part: Mapping[str, Any], param: str) -> _ImagePart:
     return _ImagePart(url, detail or "auto", param)
 
 
-def _read(part: _ImagePart, limits: ImageLimits, fetch: Fetch | None) -> Image.Image:
+def _read(part: _ImagePart, limits: ImageLimits, fetch: Fetch | None) -> ShownImage:
     max_pixels = limits.max_pixels
     if part.detail == "low":
         max_pixels = min(max_pixels, LOW_DETAIL_PIXELS)
-    return read_picture(_load(part, fetch), part.param, max_pixels)
+    picture = read_picture(_load(part, fetch), part.param, max_pixels)
+    return ShownImage(picture, part.param)
 
 
 def _load(part: _ImagePart, fetch: Fetch | None) -> bytes:

@@ -166,8 +166,7 @@ def try_out(name: str, model: PreTrainedModel, max_model_len: int) -> bool:
 
 def try_out_images(name: str, model: PreTrainedModel, reader: ImageReader) -> None:
     """Let `model` look at a picture. It runs alone. Raises ModelLoadError if it cannot."""
-    images = reader.read_sample()
-    probe_alone(model, images.token_ids[0], images.inputs)
+    probe_alone(model, reader.sample.token_ids[0], reader.sample.inputs)
     logger.warning("%s reads images: requests run one at a time.", name)
 
 

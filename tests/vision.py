@@ -1,4 +1,4 @@
-"""Folders of tiny image-text models with random weights, their tokenizers and processors in them."""
+"""Folders of tiny image-text models with random weights, with tokenizers and processors."""
 
 from __future__ import annotations
 

@@ -36,5 +36,5 @@ async def take_chat_images(
 def _take(settings: Settings, reader: ImageReader, body: Body) -> tuple[Body, RequestImages]:
     limits = ImageLimits(settings.max_images, settings.max_image_pixels)
     fetch = ImageFetcher().fetch if settings.fetch_images else None
-    messages, pictures = take_images(body.messages, limits, fetch)
-    return body.model_copy(update={"messages": messages}), RequestImages(reader, pictures)
+    messages, images = take_images(body.messages, limits, fetch)
+    return body.model_copy(update={"messages": messages}), RequestImages(reader, images)
