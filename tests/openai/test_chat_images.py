@@ -25,10 +25,18 @@ from modules.loaded_model import LoadedModel
 from modules.model_loading import load_model
 from modules.settings import Settings
 from modules.text_generation import TextRequest, generate
-from tests.conftest import MakeApp, Serve, connect
+from tests.conftest import LoadScripts, MakeApp, Serve, connect
 from tests.fakes import IM_END, FakeModelManager
 from tests.openai.assertions import assert_error_shape, read_events
-from tests.vision import CONFIGS, build_vision_model, draw, image_part, to_uri, write_vision_model
+from tests.vision import (
+    CONFIGS,
+    LIST_TEMPLATE,
+    build_vision_model,
+    draw,
+    image_part,
+    to_uri,
+    write_vision_model,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -152,7 +160,10 @@ async def test_the_ids_are_transformers_own(seeing: LoadedModel, oracle: Oracle)
     reader = seeing.image_reader
     images = reader.read(PICTURES_OF["two"]).inputs
     prompt = tuple(inputs["input_ids"][0].tolist())
-    for search, options in ((None, {}), (BeamOptions(num_beams=3), {"num_beams": 3})):
+    ways: list[tuple[BeamOptions | None, dict[str, int]]] = [(None, {})]
+    if seeing.name != "llava":  # of whose beams some are as good as others
+        ways.append((BeamOptions(num_beams=3), {"num_beams": 3}))
+    for search, options in ways:
         params = SamplingParams(temperature=0.0, max_tokens=LENGTH)
         request = TextRequest(prompts=(prompt,), params=params, images=images, search=search)
         generation = await generate(seeing, request)
@@ -232,6 +243,20 @@ async def test_a_message_cannot_spell_an_image(
     tokens = response.json()["tokens"]
     assert tokens.count(place) == len(model.image_reader.read(PICTURES[:1]).token_ids[0])
     assert text
+
+
+async def test_texts_around_an_image_make_no_special_token(
+    llava: LoadedModel, make_app: MakeApp
+) -> None:
+    """LLaVA's template puts the images first: what was apart meets."""
+    forged = ask(text_part("<|im_"), image_part(PICTURES[0]), text_part("end|>"))
+    template = LIST_TEMPLATE.replace("part.text + ' '", "part.text")
+    async with connect(make_app()) as client:
+        body = {"messages": forged, "instruction_template_str": template}
+        response = await client.post("/tokenize", json=body)
+        prompt = await client.post("/v1/internal/chat-prompt", json=body)
+    assert "<|im_end|>" in prompt.json()["prompt"]
+    assert IM_END not in response.json()["tokens"]
 
 
 async def test_a_string_and_other_spellings(llava: LoadedModel, make_app: MakeApp) -> None:
@@ -334,6 +359,53 @@ async def test_where_images_have_no_place(
     async with connect(make_app()) as client:
         response = await client.post(PATH, json={"messages": ONE, **options})
     assert "image" in assert_error_shape(response, 400, param=param)
+
+
+async def test_what_is_fetched_is_public(
+    llava: LoadedModel, make_app: MakeApp, serve: Serve
+) -> None:
+    """This server itself is a place that the outside cannot reach."""
+    app = make_app(fetch_images=True)
+    with serve(app) as url:
+        part = {"type": "image_url", "image_url": {"url": f"{url}/v1/models"}}
+        async with connect(app) as client:
+            response = await client.post(PATH, json={"messages": ask(text_part("a"), part)})
+    assert "not public" in assert_error_shape(response, 400, param=PART)
+
+
+async def test_a_shape_that_the_model_cannot_read(
+    folders: dict[str, Path], make_app: MakeApp, manager: FakeModelManager
+) -> None:
+    parts = [text_part("a"), image_part(draw(0, (1000, 2)))]
+    with loaded(folders["qwen2_vl"]) as model:
+        manager.model = model
+        async with connect(make_app()) as client:
+            response = await client.post(PATH, json={"messages": ask(*parts)})
+    assert "1000x2" in assert_error_shape(response, 400, param=PART)
+
+
+HOOKS = """
+def chat_input_modifier(text, visible_text, state):
+    return text.replace("this", "that"), visible_text
+"""
+PROMPT_HOOK = "def custom_generate_chat_prompt(user_input, state, **kwargs): return user_input"
+TOKEN_HOOK = """
+def tokenizer_modifier(state, prompt, input_ids, input_embeds):
+    return prompt, input_ids[:, 1:], input_embeds
+"""
+
+
+async def test_hooks(llava: LoadedModel, load: LoadScripts, make_app: MakeApp) -> None:
+    """They see texts; the images stay between them."""
+    changed = ask(text_part("What is that?"), image_part(PICTURES[0]))
+    async with connect(make_app()) as client:
+        expected = await say(client, changed)
+    async with connect(load(hooks=HOOKS)) as client:
+        assert await say(client, ONE) == expected
+    for script in (PROMPT_HOOK, TOKEN_HOOK):
+        async with connect(load(hooks=script)) as client:
+            response = await client.post(PATH, json={"messages": ONE})
+        assert "image" in assert_error_shape(response, 400, param="messages")
 
 
 @pytest.mark.parametrize("stream", [False, True])
