@@ -86,21 +86,16 @@ class ImageFetcher:
         """Open until the end of the `with`, or until the deadline."""
         host = str(url.hostname)
         port = url.port or PORTS[url.scheme]
-        address = self._find_address(host, port)
+        addresses = self._find_addresses(host, port)
         try:
             with (
-                socket.create_connection((address, port), _count_seconds(deadline)) as plain,
+                _dial(addresses, port, deadline) as plain,
                 self._wrap(plain, url.scheme, host) as wrapped,
                 _hang_up_at(deadline, wrapped),
             ):
                 if isinstance(wrapped, ssl.SSLSocket):
                     wrapped.do_handshake()
-                kind = (
-                    http.client.HTTPSConnection
-                    if url.scheme == "https"
-                    else http.client.HTTPConnection
-                )
-                connection = kind(host, port)
+                connection = CONNECTIONS[url.scheme](host, port)
                 connection.sock = wrapped  # by itself it would look the name up once more
                 yield connection
                 _count_seconds(deadline)
@@ -108,13 +103,11 @@ class ImageFetcher:
             _count_seconds(deadline)
             raise
 
-    def _find_address(self, host: str, port: int) -> str:
+    def _find_addresses(self, host: str, port: int) -> Sequence[str]:
         addresses = self._resolve(host, port)
-        if not addresses:
-            raise OSError
         if not all(map(self._is_allowed, addresses)):
             raise _RefusedError("is at an address that is not public")
-        return addresses[0]
+        return addresses
 
     def _wrap(self, plain: socket.socket, scheme: str, host: str) -> socket.socket:
         if scheme == "http":
@@ -171,6 +164,17 @@ def _check_url(text: str) -> SplitResult:
 def _to_target(url: SplitResult) -> str:
     target = quote(url.path or "/", safe="/%:@!$&'()*+,;=~")
     return f"{target}?{quote(url.query, safe='/?%:@!$&()*+,;=~')}" if url.query else target
+
+
+def _dial(addresses: Sequence[str], port: int, deadline: float) -> socket.socket:
+    """A connection to the first of them that answers. Raises OSError."""
+    fault = OSError()
+    for address in addresses:
+        try:
+            return socket.create_connection((address, port), _count_seconds(deadline))
+        except OSError as error:  # many machines have no way to an IPv6 address
+            fault = error
+    raise fault
 
 
 def _count_seconds(deadline: float) -> float:

@@ -168,6 +168,14 @@ def test_one_address_in_the_local_network_is_enough(web: Web) -> None:
     assert web.asked == []
 
 
+def test_the_next_address_where_the_first_does_not_answer(web: Web) -> None:
+    fetcher = web.fetcher(
+        resolve=lambda host, port: ["127.0.0.2", "127.0.0.1"],
+        is_allowed=lambda address: address.startswith("127."),
+    )
+    assert fetcher.fetch(web.url("/a"), PARAM) == CONTENT
+
+
 def test_a_name_is_looked_up_once(web: Web) -> None:
     """Whoever owns the name may say something else the second time."""
     answers = iter([["127.0.0.1"], ["10.0.0.1"]])
