@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from modules.characters import Character, fill_names, load_character
 from modules.chat_rendering import EditOpening, Renderer
-from modules.errors import InvalidRequestError
+from modules.errors import InvalidRequestError, TemplateError
+from modules.image_places import find_places, split_at_places
 from modules.instruction_templates import (
     ChatTemplate,
     TemplateSource,
@@ -52,6 +53,8 @@ class Prompt:
     """Places inside what looks like a special token and is the text of a message."""
     add_special_tokens: bool = False
     """Whether the tokenizer adds its own, such as bos: a model's own template spells them out."""
+    images: tuple[int, ...] = ()
+    """The numbers of those that it has places for, in order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +78,8 @@ class Conversation:
         Raises TemplateError when a template refuses the messages.
         """
         text, marks = unmark(self.render(list(messages)))
-        return Prompt(text, marks, self._needs_special_tokens(text, marks))
+        images = tuple(n for message in messages for n in find_places(message["content"]))
+        return Prompt(text, marks, self._needs_special_tokens(text, marks), images)
 
     def _needs_special_tokens(self, text: str, marks: Sequence[int]) -> bool:
         """A model's own template writes every special token; another one may leave bos to us."""
@@ -151,6 +155,9 @@ def open_conversation(
     if options.mode not in _OPENERS:
         known = ", ".join(_OPENERS)
         raise InvalidRequestError(f"mode must be one of {known}, not {options.mode!r}.", "mode")
+    if options.mode != "instruct" and any(find_places(m["content"]) for m in history):
+        message = f"In the mode {options.mode} there are no images, only in the mode instruct."
+        raise InvalidRequestError(message, "mode")
     try:
         return _OPENERS[options.mode](history, options, resources)
     except RecursionError as error:
@@ -174,6 +181,9 @@ def _open_instruct(
     history: list[Message], options: ChatOptions, resources: ChatResources
 ) -> Conversation:
     template = _instruction_template(options, resources)
+    if "image" not in template.text and any(find_places(m["content"]) for m in history):
+        message = f"The chat template ({template.name}) has no place for images."
+        raise TemplateError(message, template.param or "messages")
     turns = render_turns(template)
     marker = resources.choose_marker(turns)
     reply_marker = resources.choose_marker(turns, find_sought_texts(template))
@@ -318,8 +328,15 @@ def _mark(
 
 def _mark_message(message: Message, marker: Marker) -> Message:
     texts = {key: message[key] for key in ("content", "name") if isinstance(message.get(key), str)}
-    marked = {key: marker.mark(text) for key, text in texts.items()}
+    marked = {key: _mark_text(text, marker) for key, text in texts.items()}
     return {**marker.mark_nested(message), **marked}
+
+
+def _mark_text(text: str, marker: Marker) -> str:
+    """Each of the texts between images: a template may write them somewhere else."""
+    pieces = split_at_places(text)
+    pieces[::2] = map(marker.mark, pieces[::2])
+    return "".join(pieces)
 
 
 # Characters

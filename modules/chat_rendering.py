@@ -11,6 +11,7 @@ from os.path import commonprefix
 from typing import Any
 
 from modules.errors import TemplateError, TemplateLimitError
+from modules.image_places import find_places, to_parts
 from modules.instruction_templates import ChatTemplate, TemplateSource, render_template
 from modules.literal_text import make_mark
 from modules.messages import Message, is_system, take_leading_system
@@ -90,11 +91,16 @@ class Renderer:
     def _render(self, messages: list[Message], add_generation_prompt: bool) -> str:
         return render_template(
             self.template,
-            messages,
+            [_show_images(message) for message in messages],
             add_generation_prompt=add_generation_prompt,
             variables=self.variables,
             clock=self.clock,
         )
+
+
+def _show_images(message: Message) -> Message:
+    content = message["content"]
+    return message | {"content": to_parts(content)} if find_places(content) else message
 
 
 def _number_kept(history: list[Message]) -> tuple[list[Message], int]:

@@ -13,7 +13,10 @@ from itertools import accumulate
 from math import ceil
 
 from modules.chat import Conversation, Prompt
+from modules.engine.image_inputs import ImageInputs
 from modules.errors import ContextLengthExceededError, TemplateError
+from modules.image_places import find_places, split_at_places
+from modules.image_reader import RequestImages
 from modules.literal_text import unmark
 from modules.loaded_model import LoadedModel
 from modules.messages import Message, split_droppable, take_leading_system
@@ -40,22 +43,33 @@ class FittedPrompt:
     token_ids: tuple[int, ...]
     num_dropped_messages: int = 0
     """Of the client's."""
+    images: ImageInputs | None = None
+    """Of the messages that are left."""
 
 
 def fit_prompt(
-    conversation: Conversation, model: LoadedModel, room: Room, *, drops_turns: bool = True
+    conversation: Conversation,
+    model: LoadedModel,
+    room: Room,
+    *,
+    drops_turns: bool = True,
+    images: RequestImages | None = None,
 ) -> FittedPrompt:
-    """Raises ContextLengthExceededError where that is not enough, and what `write` raises."""
+    """With `images`, their places in the prompt become theirs.
+
+    Raises ContextLengthExceededError where that is not enough, and what `write` raises.
+    """
     groups = split_droppable(conversation.messages) if drops_turns else []
     num_chars = sum(len(_read_text(message)) for message in conversation.messages)
     # Nearly every token has a character; if not, it is seen once the prompt is written.
-    estimate = _estimate(conversation, model, room) if groups and num_chars > room.wished else None
+    is_long = groups and num_chars > room.wished
+    estimate = _estimate(conversation, model, room, images) if is_long else None
     if estimate is None or estimate.total <= room.wished * MAX_GUESS:
-        fitted = _write(conversation, model, room, ())
+        fitted = _write(conversation, model, room, (), images)
         if len(fitted.token_ids) <= room.wished or not groups:
             return _check(fitted, room)
-    estimate = estimate or _estimate(conversation, model, room)
-    return _check(_shorten(conversation, model, room, groups, estimate), room)
+    estimate = estimate or _estimate(conversation, model, room, images)
+    return _check(_shorten(conversation, model, room, groups, estimate, images), room)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +86,22 @@ class _Estimate:
         return self.around + sum(self.costs)
 
 
-def _estimate(conversation: Conversation, model: LoadedModel, room: Room) -> _Estimate:
+def _estimate(
+    conversation: Conversation, model: LoadedModel, room: Room, images: RequestImages | None
+) -> _Estimate:
     counts = _count(conversation.messages, model, room)
     around, per_message = _measure_template(conversation, model, counts)
+    if images is not None:
+        counts = _add_images(counts, conversation.messages, images)
     return _Estimate(around, [count + per_message for count in counts])
+
+
+def _add_images(counts: list[int], messages: Sequence[Message], images: RequestImages) -> list[int]:
+    costs = images.count_tokens()
+    return [
+        count + sum(costs[number] for number in find_places(message["content"]))
+        for count, message in zip(counts, messages, strict=True)
+    ]
 
 
 def _count(messages: Sequence[Message], model: LoadedModel, room: Room) -> list[int]:
@@ -90,7 +116,8 @@ def _count(messages: Sequence[Message], model: LoadedModel, room: Room) -> list[
 
 
 def _read_text(message: Message) -> str:
-    return unmark(message["content"] or "")[0]
+    texts = split_at_places(message["content"] or "")[::2]
+    return unmark("".join(texts))[0]
 
 
 def _shorten(
@@ -99,13 +126,14 @@ def _shorten(
     room: Room,
     groups: list[tuple[int, ...]],
     estimate: _Estimate,
+    images: RequestImages | None,
 ) -> FittedPrompt:
     costs, total = estimate.costs, estimate.total
     gone = [0.0, *accumulate(sum(costs[index] for index in group) for group in groups)]
     num_groups = _choose(gone, total - room.wished, max(1, room.wished // BLOCKS_PER_PROMPT))
     while True:
         dropped = [index for group in groups[:num_groups] for index in group]
-        fitted = _write(conversation, model, room, dropped)
+        fitted = _write(conversation, model, room, dropped, images)
         excess = len(fitted.token_ids) - room.wished
         if excess <= 0 or num_groups == len(groups):
             return fitted
@@ -153,7 +181,11 @@ def _measure_template(
 
 
 def _write(
-    conversation: Conversation, model: LoadedModel, room: Room, dropped: Sequence[int]
+    conversation: Conversation,
+    model: LoadedModel,
+    room: Room,
+    dropped: Sequence[int],
+    images: RequestImages | None,
 ) -> FittedPrompt:
     gone = set(dropped)
     messages = [m for index, m in enumerate(conversation.messages) if index not in gone]
@@ -163,7 +195,12 @@ def _write(
         raise ContextLengthExceededError(room.most + 1, num_at_least, "messages", is_counted=False)
     greeting = len(take_leading_system(conversation.messages))
     is_greeting_gone = conversation.has_greeting and greeting in gone
-    return FittedPrompt(prompt.text, _encode(prompt, model), len(gone) - is_greeting_gone)
+    num_dropped = len(gone) - is_greeting_gone
+    token_ids = _encode(prompt, model)
+    if images is None or not prompt.images:
+        return FittedPrompt(prompt.text, token_ids, num_dropped)
+    token_ids, inputs = images.place(prompt.images, token_ids)
+    return FittedPrompt(prompt.text, token_ids, num_dropped, inputs)
 
 
 def _encode(prompt: Prompt, model: LoadedModel) -> tuple[int, ...]:

@@ -82,6 +82,18 @@ def read_variation(image: bytes, choose_size: ChooseSize) -> PreparedImage:
     return PreparedImage(size, _to_png(_flatten(_fit(picture, size))), None)
 
 
+def read_picture(data: bytes, param: str, max_pixels: int) -> Image.Image:
+    """In RGB, scaled down to at most `max_pixels`; what is transparent is white.
+
+    Raises InvalidRequestError.
+    """
+    picture = _flatten(_read_upload(data, param))
+    scale = (max_pixels / Size(*picture.size).num_pixels) ** 0.5
+    if scale >= 1:
+        return picture
+    return _fit(picture, Size(*(max(1, int(side * scale)) for side in picture.size)))
+
+
 def encode(picture: Image.Image, output: OutputFormat) -> bytes:
     target = io.BytesIO()
     if output.format is ImageFormat.PNG:

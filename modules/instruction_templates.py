@@ -399,6 +399,43 @@ def render_template(
     Raises TemplateError when the template refuses the messages, TemplateLimitError when it takes
     too long or makes too much.
     """
+    if reads_only_parts(template):
+        messages = [_to_parts(message) for message in messages]
+    return _render(template, messages, add_generation_prompt, variables, clock)
+
+
+def _to_parts(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    content = message.get("content")
+    is_text = isinstance(content, str)
+    return {**message, "content": [{"type": "text", "text": content}]} if is_text else message
+
+
+@lru_cache(maxsize=64)
+def reads_only_parts(template: ChatTemplate) -> bool:
+    """Whether it writes a content that is a list of parts, and none that is a text, as some models'
+    that see images do.
+    """
+    if "type" not in template.text:
+        return False
+    message = {"role": "user", "content": _SENTINELS[0]}
+    return not _writes(template, message) and _writes(template, _to_parts(message))
+
+
+def _writes(template: ChatTemplate, message: Mapping[str, Any]) -> bool:
+    try:
+        text = _render(template, [message], False, {}, RenderClock(MAX_TURNS_SECONDS))
+    except TemplateError:
+        return False
+    return _SENTINELS[0] in text
+
+
+def _render(
+    template: ChatTemplate,
+    messages: Sequence[Mapping[str, Any]],
+    add_generation_prompt: bool,
+    variables: Mapping[str, Any],
+    clock: RenderClock,
+) -> str:
     scope = {
         "bos_token": "",
         "eos_token": "",

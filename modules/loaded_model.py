@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from modules.engine.async_engine import AsyncEngine
 from modules.errors import InvalidRequestError
+from modules.image_reader import ImageReader
 from modules.instruction_templates import ChatTemplate
 from modules.prompt_encoder import PromptEncoder
 from modules.settings import Settings
@@ -39,6 +40,8 @@ class LoadedModel:
     """As `max_model_len`, with a negative prompt; None: the same."""
     continues_prompt: bool = True
     """False where the reply is a text of its own, as an encoder-decoder's is."""
+    image_reader: ImageReader | None = None
+    """None where it reads text only."""
     device: str = "cpu"
     dtype: str = "float32"
 

@@ -9,6 +9,7 @@ from itertools import takewhile
 from typing import Any
 
 from modules.errors import InvalidRequestError
+from modules.image_places import join_parts
 
 Message = dict[str, Any]
 
@@ -56,7 +57,7 @@ def _check_content(message: Mapping[str, Any], param: str) -> str | None:
         case str(text):
             return text
         case [*parts]:
-            return "\n".join(_check_part(part, f"{param}[{i}]") for i, part in enumerate(parts))
+            return join_parts(_check_part(part, f"{param}[{i}]") for i, part in enumerate(parts))
         case None if message["role"] == "assistant" and message.get("tool_calls"):
             return None
     raise InvalidRequestError(f"{param} must be a text or a list of text parts.", param)
@@ -66,7 +67,7 @@ def _check_part(part: Any, param: str) -> str:
     match part:
         case {"type": "text", "text": str(text)}:
             return text
-        case {"type": "image_url" | "input_image" | "image"}:
+        case {"type": "image_url" | "input_image" | "image"}:  # others have become places
             raise InvalidRequestError(
                 f"{param} is an image, which only a vision model can see; this one reads text.",
                 param,

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -31,6 +32,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from modules import conversions
 from modules.engine.async_engine import AsyncEngine
@@ -40,6 +42,8 @@ from modules.engine.fused_layers import FORMATS, quantize_model
 from modules.engine.generate_engine import GenerateEngine
 from modules.engine.probe import count_kv_bytes, probe, probe_alone
 from modules.errors import ModelLoadError, NotBatchableError, ServerError
+from modules.image_processors import can_read_images, load_image_reader
+from modules.image_reader import ImageReader
 from modules.instruction_templates import ChatTemplate, choose_template
 from modules.loaded_model import LoadedModel
 from modules.memory import GIB, available_memory, free_card_memory
@@ -113,9 +117,12 @@ def _load(found: FoundModel, settings: Settings) -> LoadedModel:
     device = "cuda" if torch.cuda.is_available() and not settings.cpu else "cpu"
     folder = to_folder(found.path, settings)
     tokenizer = _load_tokenizer(folder, settings, is_converted=folder != found.path)
-    model = _load_weights(folder, settings, device)
+    reader = load_image_reader(folder, _source_options(settings))
+    model = _load_weights(folder, settings, device, reads_images=reader is not None)
     wished_model_len = _wished_model_len(model.config, tokenizer, settings)
-    is_batched = try_out(found.name, model, wished_model_len)
+    if reader is not None:
+        try_out_images(found.name, model, reader)
+    is_batched = reader is None and try_out(found.name, model, wished_model_len)
     # After the probe, which compares with the model's own layers.
     # As the files have them, unless they have become numbers again.
     stored = None if settings.dtype in FORMATS else quantization_of(model.config)
@@ -142,9 +149,11 @@ def _load(found: FoundModel, settings: Settings) -> LoadedModel:
             tokenizer,
             config.eos_token_ids,
             reads_special_tokens=settings.special_tokens_in_messages,
+            image_token=reader.placeholder if reader else None,
         ),
+        image_reader=reader,
         max_model_len=config.max_model_len,
-        chat_template=_choose_template(found.name, tokenizer, settings),
+        chat_template=_choose_template(found.name, tokenizer, reader, settings),
         eos_token_ids=config.eos_token_ids,
         max_guided_len=engine.max_guided_len,
         continues_prompt=not model.config.is_encoder_decoder,
@@ -173,6 +182,12 @@ def try_out(name: str, model: PreTrainedModel, max_model_len: int) -> bool:
         logger.warning("%s: %s Requests run one at a time.", name, error)
         return False
     return True
+
+
+def try_out_images(name: str, model: PreTrainedModel, reader: ImageReader) -> None:
+    """Let `model` look at a picture. It runs alone. Raises ModelLoadError if it cannot."""
+    probe_alone(model, reader.sample.token_ids[0], reader.sample.inputs)
+    logger.warning("%s reads images: requests run one at a time.", name)
 
 
 def _choose_config(
@@ -256,12 +271,14 @@ def _load_tokenizer(
     return tokenizer
 
 
-def _load_weights(folder: Path, settings: Settings, device: str) -> PreTrainedModel:
+def _load_weights(
+    folder: Path, settings: Settings, device: str, *, reads_images: bool
+) -> PreTrainedModel:
     options = _source_options(settings)
     config = AutoConfig.from_pretrained(folder, **options)
     prepare(folder, config, settings, device)
     placement = _placement(settings, device, is_quantized=quantization_of(config) is not None)
-    auto_model = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    auto_model = _choose_auto_model(config, reads_images)
     with _without_reports():
         result: Any = auto_model.from_pretrained(
             folder,
@@ -277,6 +294,15 @@ def _load_weights(folder: Path, settings: Settings, device: str) -> PreTrainedMo
     # What is on the CPU is there already, and some formats cannot be moved.
     loaded: PreTrainedModel = model if placement or device == "cpu" else model.to(device)
     return loaded
+
+
+def _choose_auto_model(config: PretrainedConfig, reads_images: bool) -> Any:
+    """Some image-text models are also there without the part that sees, for text alone."""
+    if config.is_encoder_decoder:
+        return AutoModelForSeq2SeqLM
+    is_text_model = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    sees = can_read_images(config) and (reads_images or not is_text_model)
+    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
 
 
 @contextmanager
@@ -360,12 +386,13 @@ def _require_package(name: str, flag: str) -> None:
 
 
 def _choose_template(
-    name: str, tokenizer: PreTrainedTokenizerBase, settings: Settings
+    name: str, tokenizer: PreTrainedTokenizerBase, reader: ImageReader | None, settings: Settings
 ) -> ChatTemplate:
+    own = reader and reader.chat_template
     return choose_template(
         root=PROJECT_ROOT,
         model_name=name,
-        model_chat_template=tokenizer.chat_template,
+        model_chat_template=own or tokenizer.chat_template,
         special_tokens=tokenizer.special_tokens_map,
         vocabulary=tokenizer.get_added_vocab(),
         settings_name=settings.instruction_template,

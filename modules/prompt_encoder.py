@@ -34,9 +34,13 @@ class PromptEncoder:
         eos_token_ids: Collection[int] = (),
         *,
         reads_special_tokens: bool = False,
+        image_token: str | None = None,
     ) -> None:
-        """`reads_special_tokens`: those that messages spell are special tokens like any other."""
+        """`reads_special_tokens`: those that messages spell are special tokens like any other, but
+        for `image_token`, behind which there would be no image.
+        """
         self._tokenizer = tokenizer
+        self._image_tokens = {image_token} if image_token else set[str]()
         self._reads_special_tokens = reads_special_tokens
         added = tokenizer.added_tokens_decoder
         self._names = {id: token.content for id, token in added.items() if _can_be_guarded(token)}
@@ -59,8 +63,9 @@ class PromptEncoder:
         writes there are guarded too.
         """
         if self._reads_special_tokens:
-            return Marker()
-        return Marker(self._special_names | (set(self._pattern.findall(turn_text)) - sought))
+            return Marker(self._image_tokens)
+        written = set(self._pattern.findall(turn_text)) - sought
+        return Marker(self._special_names | self._image_tokens | written)
 
     def encode(
         self, text: str, marks: Sequence[int] = (), add_special_tokens: bool = False

@@ -265,6 +265,29 @@ class Settings:
         flag=False,
         minimum=1,
     )
+    max_images: int = setting(
+        API,
+        10,
+        "How many images the messages of one chat may have.",
+        key="openai-max_images",
+        flag=False,
+        minimum=0,
+    )
+    max_image_pixels: int = setting(
+        API,
+        2_000_000,
+        "Most pixels of an image in a chat; larger ones are scaled down.",
+        key="openai-max_image_pixels",
+        flag=False,
+        minimum=1024,
+    )
+    fetch_images: bool = setting(
+        API,
+        False,
+        "Fetch images in chats from the web, where a message has the URL of one.",
+        key="openai-fetch_images",
+        flag=False,
+    )
     transcription_model: str = setting(
         API,
         "whisper-tiny.en",

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from modules.detokenizer import IncrementalDetokenizer
 from modules.engine.contrastive_search import ContrastiveOptions
 from modules.engine.custom_processors import LogitsProcessor
+from modules.engine.image_inputs import ImageInputs
 from modules.engine.outputs import FinishReason, TokenOutput
 from modules.engine.sampling_params import SamplingParams
 from modules.engine.searches import SearchOptions, search
@@ -70,6 +71,8 @@ class TextRequest:
     """Given a prompt and its tokens, what is read in their place. Called in a thread."""
     make_logits_processors: Callable[[TokenIds], tuple[LogitsProcessor, ...]] | None = None
     """Given a prompt's tokens, what changes the logits of one choice. Called in a thread."""
+    images: ImageInputs | None = None
+    """Of the prompt, which is then one of token ids: those of its images are in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +166,9 @@ def _to_prompt(model: LoadedModel, prompt: str | tuple[int, ...], request: TextR
         encoded = encoded.cut(request.truncation.max_prompt_len)
     if request.edit_tokens is not None:
         encoded = EncodedPrompt(request.edit_tokens(prompt, encoded.token_ids))
+    if request.images is not None and encoded.token_ids != prompt:
+        message = "The prompt has images: it can be neither cut nor changed."
+        raise InvalidRequestError(message, request.prompt_param)
     _check(model, encoded.token_ids, max_len, request.prompt_param)
     negative = _encode_negative(model, request, max_len)
     num_longest = max(len(encoded.token_ids), len(negative or ()))
@@ -329,6 +335,7 @@ def _build_choices(
                 negative_prompt_token_ids=prompt.negative_token_ids,
                 logits_processors=processors[choice_index] if processors else (),
                 is_background=request.is_background,
+                images=request.images,
             )
             choices[request_id] = _Choice(index, sequence, detokenizer, prompt.num_repeated_chars)
     return choices

@@ -86,6 +86,7 @@ def _to_text_request(
     truncation = to_truncation(body, model, max_tokens)
     return TextRequest(
         prompts=(prompt.token_ids,),
+        images=prompt.images,
         params=to_sampling_params(
             body,
             model,

@@ -6,6 +6,7 @@ import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 
+from extensions.openai.chat_images import take_chat_images
 from extensions.openai.chat_prompts import (
     ChatPrompt,
     Measure,
@@ -18,6 +19,7 @@ from extensions.openai.typing import ChatCompletionRequest
 from modules.chat_history import Dialogue, find_history_fault, read_dialogue
 from modules.chat_rendering import EditOpening
 from modules.context import Context
+from modules.errors import InvalidRequestError
 from modules.extensions import Extensions
 from modules.hooks import State
 from modules.literal_text import unmark
@@ -35,17 +37,20 @@ async def prepare_chat(
 ) -> tuple[Body, State, ChatPrompt]:
     """The request and its prompt as hooks leave them, and the state for the hooks to come.
 
-    Raises HookError, and what `build_chat_prompt` raises.
+    Raises HookError, and what `take_chat_images` and `build_chat_prompt` raise.
     """
     extensions = context.extensions
+    body, images = await take_chat_images(context.settings, model, body)
     body, state = await _modify_request(context, body, model)
     text = await _ask_for_prompt(extensions, body, state)
+    if text is not None and images is not None:
+        raise InvalidRequestError("An extension writes the prompt: it has no images.", "messages")
     if text is not None:
         build = partial(build_custom_prompt, model, body, text)
     else:
         edit_opening = _make_opening_editor(extensions, state)
         measure = _make_measure(extensions)
-        build = partial(build_chat_prompt, model, body, edit_opening, measure)
+        build = partial(build_chat_prompt, model, body, edit_opening, measure, images)
     executor = STRANGERS if body.brings_template else None
     prompt = await asyncio.get_running_loop().run_in_executor(executor, build)
     return body, state, prompt

@@ -14,7 +14,9 @@ from modules.chat import (
 )
 from modules.chat_rendering import EditOpening
 from modules.context_fitting import Room, fit_prompt
+from modules.engine.image_inputs import ImageInputs
 from modules.errors import ContextLengthExceededError, InvalidRequestError, SettingsError
+from modules.image_reader import RequestImages
 from modules.instruction_templates import ChatTemplate, TemplateSource, TurnOverrides
 from modules.loaded_model import LoadedModel
 from modules.prompt_tokens import strip_bos
@@ -33,6 +35,7 @@ class ChatPrompt:
     token_ids: tuple[int, ...]
     num_dropped_messages: int
     stop_strings: tuple[str, ...]
+    images: ImageInputs | None = None
 
 
 def build_chat_prompt(
@@ -40,6 +43,7 @@ def build_chat_prompt(
     body: ChatCompletionRequest,
     edit_opening: EditOpening | None = None,
     measure: Measure | None = None,
+    images: RequestImages | None = None,
 ) -> ChatPrompt:
     """A template that a client sent may take its time: call it in a thread.
 
@@ -50,12 +54,16 @@ def build_chat_prompt(
     room = to_room(body, model)
     if measure is not None:
         room = _leave_room(room, conversation, model, measure)
-    fitted = fit_prompt(conversation, model, room, drops_turns=drops_turns)
+    fitted = fit_prompt(conversation, model, room, drops_turns=drops_turns, images=images)
     token_ids = fitted.token_ids
     if not body.add_bos_token:
         token_ids = strip_bos(token_ids, model.tokenizer.bos_token_id)
     return ChatPrompt(
-        fitted.text, token_ids, fitted.num_dropped_messages, conversation.stop_strings
+        fitted.text,
+        token_ids,
+        fitted.num_dropped_messages,
+        conversation.stop_strings,
+        fitted.images,
     )
 
 

@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 
 from extensions.openai.chat_hooks import prepare_chat
+from extensions.openai.chat_images import take_chat_images
 from extensions.openai.chat_prompts import open_chat
 from extensions.openai.leases import depend_on_lease
 from extensions.openai.typing import (
@@ -29,8 +30,10 @@ from extensions.openai.typing import (
     TokenizeRequest,
 )
 from modules.context import Context
+from modules.image_reader import RequestImages
 from modules.loaded_model import LoadedModel
 from modules.models import ModelLease
+from modules.settings import Settings
 
 
 def add_routes(router: APIRouter, context: Context) -> None:
@@ -77,7 +80,7 @@ def add_routes(router: APIRouter, context: Context) -> None:
     async def tokenize(body: TokenizeRequest, lease: ModelLease = leased) -> Response:
         """The token ids of a prompt, or of messages, as vLLM tells them."""
         model = await lease.get(body.model)
-        token_ids = await asyncio.to_thread(_tokenize, model, body)
+        token_ids = await _tokenize(context.settings, model, body)
         pieces = list(map(model.vocabulary.piece, token_ids)) if body.return_token_strs else None
         return JSONResponse(
             {
@@ -100,17 +103,30 @@ async def _decode(model: LoadedModel, token_ids: Sequence[int], skip_special_tok
     return await asyncio.to_thread(model.decode, token_ids, skip_special_tokens)
 
 
-def _tokenize(model: LoadedModel, body: TokenizeRequest) -> tuple[int, ...]:
+async def _tokenize(
+    settings: Settings, model: LoadedModel, body: TokenizeRequest
+) -> tuple[int, ...]:
+    adds = body.add_special_tokens
     if body.prompt is not None:
-        return model.encode(body.prompt, body.add_special_tokens is not False)
+        return await asyncio.to_thread(model.encode, body.prompt, adds is not False)
     own = ("messages", "add_generation_prompt")
     fields = body.model_dump(include={*own} & body.model_fields_set) | (body.model_extra or {})
-    conversation = open_chat(model, _to_chat(fields))
+    chat, images = await take_chat_images(settings, model, _to_chat(fields))
+    return await asyncio.to_thread(_tokenize_chat, model, chat, images, adds)
+
+
+def _tokenize_chat(
+    model: LoadedModel,
+    chat: ChatCompletionRequest,
+    images: RequestImages | None,
+    add_special_tokens: bool | None,
+) -> tuple[int, ...]:
+    conversation = open_chat(model, chat)
     prompt = conversation.write(conversation.messages)
-    add_special_tokens = body.add_special_tokens
     if add_special_tokens is None:
         add_special_tokens = prompt.add_special_tokens
-    return model.prompt_encoder.encode(prompt.text, prompt.marks, add_special_tokens)
+    token_ids = model.prompt_encoder.encode(prompt.text, prompt.marks, add_special_tokens)
+    return images.place(prompt.images, token_ids)[0] if images else token_ids
 
 
 def _to_chat(fields: dict[str, Any]) -> ChatCompletionRequest:

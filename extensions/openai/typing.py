@@ -729,7 +729,11 @@ class Message(TypedDict, total=False):
     content: Annotated[
         Any,
         WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array"}, {"type": "null"}]}),
-        Field(description='A text, or a list of parts like {"type": "text", "text": "..."}.'),
+        Field(
+            description='A text, or a list of parts like {"type": "text", "text": "..."} and, for '
+            'models that see, {"type": "image_url", "image_url": {"url": "data:image/png;base64,'
+            '..."}}.'
+        ),
     ]
     name: str | None
 

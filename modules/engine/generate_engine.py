@@ -145,8 +145,9 @@ class GenerateEngine:
         prompt = seq.token_ids[: seq.num_prompt_tokens]
         _reset_rotary_modules(self._model)
         ids = torch.tensor([prompt], device=self._model.device)
+        options = {"attention_mask": torch.ones_like(ids), "use_cache": False}
+        options |= self._to_image_arguments(seq, prompt)
         with record_hidden_states(self._model, seq.params.hidden_states) as recorded:
-            options = {"attention_mask": torch.ones_like(ids), "use_cache": False}
             logits = self._model(ids, **options).logits[0]
         scores: list[Logprobs] = []
         for start in range(0, len(prompt) - 1, NUM_SCORED_ROWS):
@@ -162,8 +163,8 @@ class GenerateEngine:
 
         Also of a sequence that has output already: it is read again.
         """
-        options: dict[str, Any] = {}
         read = seq.token_ids
+        options = self._to_image_arguments(seq, read)
         if self._is_encoder_decoder:
             start = self._model.generation_config.decoder_start_token_id
             written = [start, *seq.token_ids[seq.num_prompt_tokens :]]
@@ -181,6 +182,11 @@ class GenerateEngine:
             **options,
         )
         return decoding
+
+    def _to_image_arguments(self, seq: Sequence, read: list[int]) -> dict[str, Any]:
+        if seq.images is None:
+            return {}
+        return seq.images.to_arguments(read, self._model.device, self._model.dtype)
 
 
 def _decode(

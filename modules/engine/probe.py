@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from modules.engine.attention import AttentionBatch, PagedAttention, Segment
 from modules.engine.engine import EngineConfig
 from modules.engine.generate_engine import GenerateEngine
+from modules.engine.image_inputs import ImageInputs
 from modules.engine.model_runner import ModelRunner, can_batch, choose_block_size
 from modules.engine.sampling_params import SamplingParams
 from modules.engine.scheduler import ScheduledBatch, ScheduledSequence
@@ -88,12 +89,17 @@ def count_kv_bytes(model: PreTrainedModel) -> int:
     return runner.num_kv_bytes_per_token
 
 
-def probe_alone(model: PreTrainedModel) -> None:
-    """Let `model` generate by itself. Raises ModelLoadError if what it says is of no use."""
+def probe_alone(
+    model: PreTrainedModel, image: tuple[int, ...] = (), inputs: ImageInputs | None = None
+) -> None:
+    """Let `model` generate by itself, after the tokens of an image if there is one.
+
+    Raises ModelLoadError if what it says is of no use.
+    """
     model.eval()
     try:
         is_causal = _is_causal(model)
-        _generate(model)
+        _generate(model, image, inputs)
     except torch.OutOfMemoryError:
         raise
     except _FAULTS as error:
@@ -129,12 +135,12 @@ def _is_causal(model: PreTrainedModel) -> bool:
     return _distance(part, whole[:-1]) <= _tolerance(model)
 
 
-def _generate(model: PreTrainedModel) -> None:
-    prompt = tuple(_prompts(model)[0][0].tolist())
+def _generate(model: PreTrainedModel, image: tuple[int, ...], inputs: ImageInputs | None) -> None:
+    prompt = (*image, *_prompts(model)[0][0].tolist())
     length = 2 * len(prompt)
     engine = GenerateEngine(model, EngineConfig(max_model_len=length, num_cache_tokens=length))
     params = SamplingParams(temperature=0.0, max_tokens=NUM_GENERATED_TOKENS)
-    engine.add(SequenceRequest("probe", prompt, params))
+    engine.add(SequenceRequest("probe", prompt, params, images=inputs))
     while engine.has_unfinished:
         engine.step()
 

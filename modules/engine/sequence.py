@@ -20,6 +20,7 @@ from modules.engine.token_rules import to_token_rules
 
 if TYPE_CHECKING:  # it knows torch
     from modules.engine.custom_processors import LogitsProcessor
+    from modules.engine.image_inputs import ImageInputs
 
 
 class SequenceStatus(Enum):
@@ -42,6 +43,8 @@ class SequenceRequest:
     logits_processors: tuple[LogitsProcessor, ...] = ()
     is_background: bool = False
     """Nobody waits for it: it goes on only while nothing else is there to be generated."""
+    images: ImageInputs | None = None
+    """For which there are tokens in the prompt."""
 
     @property
     def num_longest_prompt_tokens(self) -> int:
@@ -85,6 +88,7 @@ class Sequence:
         self.sampler_state = start_state(params)
         self.token_rules = to_token_rules(params, eos_token_ids)
         self.logits_processors = request.logits_processors
+        self.images = request.images
         # Only what a step looks at is kept.
         self.history = GrowingArray(self.token_ids) if self.plan.needs_history else None
         self.output_counts = TokenCounts() if self.plan.needs_counts else None

@@ -18,6 +18,7 @@ from modules.instruction_templates import (
     derive_stop_strings,
     match_model_config,
     override_template,
+    reads_only_parts,
     render_template,
 )
 from modules.template_sandbox import RenderClock
@@ -410,3 +411,35 @@ class TestStopStrings:
     )
     def test_templates_without_a_recognisable_end_have_none(self, text: str) -> None:
         assert derive_stop_strings(make_template(text)) == ()
+
+
+# Contents that are lists of parts
+
+PARTS = (
+    "{% for message in messages %}{% for part in message.content | selectattr('type', 'equalto', "
+    "'text') %}[{{ part.text }}]{% endfor %}{% endfor %}"
+)
+BOTH = "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}{% for part in \
+m.content if part.type == 'text' %}[{{ part.text }}]{% endfor %}{% endif %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("text", "only_parts", "expected"),
+    [
+        (PARTS, True, "[Be brief.][Hi][Hello][Bye]"),
+        (BOTH, False, "Be brief.HiHelloBye"),
+        ("{# type #}nothing", False, "nothing"),
+        ("{# type #}{{ raise_exception('no') }}", False, None),
+    ],
+)
+def test_texts_become_parts_for_templates_that_write_nothing_else(
+    text: str, only_parts: bool, expected: str | None
+) -> None:
+    assert reads_only_parts(make_template(text)) is only_parts
+    if expected is not None:
+        assert render(text) == expected
+
+
+def test_stop_strings_of_such_a_template() -> None:
+    text = PARTS.replace("{% for part", "{{ '\\n' + message.role | upper }}: {% for part")
+    assert derive_stop_strings(make_template(text)) == ("\nUSER: [",)

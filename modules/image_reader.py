@@ -1,0 +1,153 @@
+"""ImageReader: pictures → what an image-text model reads in their places, by its own processor.
+
+How large a picture may be, and where it comes from, is not known here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from modules.engine.image_inputs import ImageInputs
+from modules.errors import InvalidRequestError, TemplateError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+TokenIds = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ReadImages:
+    """Of a prompt's images, in order."""
+
+    token_ids: tuple[TokenIds, ...]
+    """Of each, what the one token that the template writes for it becomes."""
+    inputs: ImageInputs
+
+
+class ImageReader:
+    def __init__(self, processor: Any) -> None:
+        """`processor` is transformers', with a tokenizer of its own: it may change that.
+
+        It reads a picture at once. Raises ValueError if it does not mark images by one token, and
+        what else comes out of a processor that cannot do it.
+        """
+        tokenizer = processor.tokenizer
+        self._processor = processor
+        self._lock = Lock()
+        self._separator: str = tokenizer.eos_token
+        self._separator_id: int = tokenizer.eos_token_id
+        self.placeholder: str | None = getattr(processor, "image_token", None)
+        """What the chat template writes where an image belongs."""
+        if self.placeholder not in tokenizer.get_added_vocab() or self._separator is None:
+            raise ValueError("it has no token for images")
+        self.placeholder_id: int = tokenizer.get_added_vocab()[self.placeholder]
+        self.chat_template: str | dict[str, str] | None = processor.chat_template
+        self.sample = self.read([_draw_sample()])
+        """Of one small picture, to try a model with."""
+
+    def read(self, pictures: Sequence[Image.Image]) -> ReadImages:
+        """At least one. How many tokens one has may depend on the others."""
+        text = self._separator.join([self.placeholder or ""] * len(pictures))
+        with self._lock:
+            features = self._processor(
+                text=[text], images=[list(pictures)], add_special_tokens=False, return_tensors="pt"
+            )
+        ids = features.pop("input_ids")
+        features.pop("attention_mask", None)
+        kinds = [name for name, value in features.items() if _is_per_token(name, value, ids)]
+        whole = ids[0].tolist()
+        token_kinds = {name: _to_kinds(whole, features.pop(name)[0].tolist()) for name in kinds}
+        token_ids = _split(whole, self._separator_id)
+        if len(token_ids) != len(pictures):
+            raise ValueError("it does not write one place for each image")
+        return ReadImages(token_ids, ImageInputs(dict(features), token_kinds))
+
+
+def _draw_sample() -> Image.Image:
+    from PIL import Image
+
+    return Image.linear_gradient("L").resize((64, 48)).convert("RGB")
+
+
+@dataclass(frozen=True, slots=True)
+class ShownImage:
+    picture: Image.Image
+    """In RGB."""
+    param: str
+    """Wire name of the part that it came in, for errors."""
+
+
+class RequestImages:
+    """The images of one request. Those that stay in its prompt are read once, all together."""
+
+    def __init__(self, reader: ImageReader, images: Sequence[ShownImage]) -> None:
+        self._reader = reader
+        self._images = tuple(images)
+        self._known: dict[tuple[int, ...], ReadImages] = {}
+
+    def place(self, numbers: tuple[int, ...], token_ids: TokenIds) -> tuple[TokenIds, ImageInputs]:
+        """A prompt with the tokens of the images of these numbers, and what else the model needs.
+
+        Raises TemplateError where the prompt has not as many places, and InvalidRequestError where
+        the model cannot read an image.
+        """
+        place = self._reader.placeholder_id
+        if token_ids.count(place) != len(numbers):
+            raise TemplateError("The chat template does not write one place per image.", "messages")
+        images = self._read(numbers)
+        rest = iter(images.token_ids)
+        expanded = (next(rest) if token_id == place else (token_id,) for token_id in token_ids)
+        return tuple(chain.from_iterable(expanded)), images.inputs
+
+    def count_tokens(self) -> list[int]:
+        """Of each image, where all of them are in the prompt. Raises InvalidRequestError."""
+        return list(map(len, self._read(tuple(range(len(self._images)))).token_ids))
+
+    def _read(self, numbers: tuple[int, ...]) -> ReadImages:
+        if numbers not in self._known:
+            shown = [self._images[number] for number in numbers]
+            try:
+                self._known[numbers] = self._reader.read([image.picture for image in shown])
+            except ValueError:
+                raise self._blame(shown) from None
+        return self._known[numbers]
+
+    def _blame(self, shown: Sequence[ShownImage]) -> InvalidRequestError:
+        """The error that names the first one that the processor refuses by itself."""
+        for image in shown:
+            try:
+                self._reader.read([image.picture])
+            except ValueError as error:
+                width, height = image.picture.size
+                text = f"This model cannot read an image of {width}x{height} pixels: {error}."
+                return InvalidRequestError(text, image.param)
+        return InvalidRequestError("This model cannot read these images together.", "messages")
+
+
+def _is_per_token(name: str, value: Any, ids: Tensor) -> bool:
+    return name.endswith("token_type_ids") and value.shape == ids.shape
+
+
+def _to_kinds(token_ids: list[int], numbers: list[int]) -> dict[int, int]:
+    """Raises ValueError if they are no matter of the token alone."""
+    kinds = dict(zip(token_ids, numbers, strict=True))
+    if [kinds[token_id] for token_id in token_ids] != numbers:
+        raise ValueError("its kinds of tokens depend on more than the token")
+    return {token_id: number for token_id, number in kinds.items() if number}
+
+
+def _split(token_ids: list[int], separator_id: int) -> tuple[TokenIds, ...]:
+    parts: list[list[int]] = [[]]
+    for token_id in token_ids:
+        if token_id == separator_id:
+            parts.append([])
+        else:
+            parts[-1].append(token_id)
+    return tuple(map(tuple, parts))
