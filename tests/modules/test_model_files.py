@@ -283,8 +283,9 @@ def test_pickles_are_fetched_only_to_be_loaded(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
     with pytest.raises(ModelLoadError, match="is incomplete"):
         find_model("org/name", make_settings(model_dir))
-    assert "*.bin" not in hub.patterns
+    assert "pytorch_model*.bin" not in hub.patterns
     assert find_model("org/name", make_settings(model_dir, allow_pickle=True)).path.is_dir()
+    assert "pytorch_model*.bin" in hub.patterns
 
 
 def test_code_is_fetched_only_to_be_run(
