@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -97,6 +98,12 @@ def test_lists_what_is_bundled_as_what_it_is() -> None:
         pytest.skip("no bundled model is installed")
     found = {entry.name: entry.kind for entry in list_entries(Settings())}
     assert found.items() >= installed.items()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is closed to root")
+def test_a_folder_that_is_closed_is_no_model(model_dir: Path, tiny: Path) -> None:
+    (model_dir / "lost+found").mkdir(mode=0)
+    assert list_models(model_dir) == ["tiny"]
 
 
 def test_many_models_are_listed_at_once(model_dir: Path, saved: Path) -> None:
