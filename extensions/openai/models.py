@@ -58,6 +58,7 @@ async def list_models(context: Context) -> list[ListedModel]:
     ]
     others.sort(key=lambda model: (not model.is_loaded, model.kind != "text"))
     models = [*loaded.values(), *others]
+    models += _list_aliases(context.settings, models)
     known_ids = {model.id for model in models}
     names = {name: kind for name, kind in COMPATIBILITY_NAMES.items() if name not in known_ids}
     return models + [_name_anew(name, kind, models) for name, kind in names.items()]
@@ -105,7 +106,6 @@ def _to_listed(entry: ModelEntry) -> ListedModel:
 
 def _loaded_texts(context: Context, known: Mapping[str, ListedModel]) -> dict[str, ListedModel]:
     """By id. Of files that are in none of the known places, nothing is told."""
-    models = [context.models.current] if context.models.is_loaded else []
     return {
         model.name: replace(
             known.get(model.name, ListedModel(model.name, "text")),
@@ -113,7 +113,7 @@ def _loaded_texts(context: Context, known: Mapping[str, ListedModel]) -> dict[st
             is_loaded=True,
             context_length=model.max_model_len,
         )
-        for model in models
+        for model in context.models.loaded
     }
 
 
@@ -127,6 +127,15 @@ def _loaded_names(context: Context) -> dict[str, str | None]:
         KINDS[ModelKind.VOICE]: context.speech.loaded_name,
         KINDS[ModelKind.IMAGE]: context.images.loaded_name,
     }
+
+
+def _list_aliases(settings: Settings, models: Sequence[ListedModel]) -> list[ListedModel]:
+    by_id = {model.id: model for model in models}
+    return [
+        replace(by_id[name], id=alias, alias_of=name)
+        for alias, name in settings.model_aliases.items()
+        if name in by_id and alias not in by_id
+    ]
 
 
 def _name_anew(name: str, kind: str, models: Sequence[ListedModel]) -> ListedModel:
