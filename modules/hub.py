@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 from modules.errors import DownloadError, ModelLoadError
 from modules.model_kinds import MODEL_FILES, read_json
 from modules.settings import Settings
-from modules.weight_files import has_all_weights, parts_of
+from modules.weight_files import PICKLE_PATTERN, has_all_weights, parts_of
 
 # What the hub's repositories hold that transformers can load, and what it needs beside the weights.
 HUB_PATTERNS = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
@@ -56,7 +56,7 @@ def fetch(name: str, settings: Settings) -> Path:
     patterns = [
         *HUB_PATTERNS,
         *(["*.py"] if settings.trust_remote_code else []),
-        *(["*.bin"] if settings.allow_pickle else []),
+        *([PICKLE_PATTERN] if settings.allow_pickle else []),
     ]
     try:
         folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))

@@ -152,6 +152,8 @@ def download(model: RemoteModel, options: DownloadOptions, say: Callable[[str], 
     chosen = choose_files(files, options)
     folder = choose_folder(model, chosen, options)
     say(f"Downloading {len(chosen)} files of {model.repo_id} to {folder}")
+    if any(file.name.endswith(PICKLE_SUFFIXES) for file in chosen):
+        say("Its weights are pickles, which can hold programs: they are loaded with --allow-pickle")
 
     def fetch(file: RemoteFile) -> None:
         _fetch(model, commit, file, folder, options)

@@ -190,17 +190,20 @@ def _paths_in(model_dir: Path) -> Iterator[tuple[str, Path]]:
         if path.suffix == ".gguf" and path.is_file():
             yield path.stem, path
         elif path.is_dir() and not path.name.startswith("."):
-            yield from _paths_of(path)
+            yield from _paths_of(path).items()
 
 
-def _paths_of(folder: Path) -> Iterator[tuple[str, Path]]:
+def _paths_of(folder: Path) -> dict[str, Path]:
     files = (*MODEL_FILES, PIPELINE_FILE, "model.bin")
-    if any((folder / name).is_file() for name in files):
-        yield folder.name, folder
-        return
-    ggufs = _gguf_files(folder)
-    for file in ggufs:
-        yield folder.name if len(ggufs) == 1 else f"{folder.name}/{file.stem}", file
+    try:
+        if any((folder / name).is_file() for name in files):
+            return {folder.name: folder}
+        ggufs = _gguf_files(folder)
+    except PermissionError:  # nobody's, such as lost+found
+        return {}
+    if len(ggufs) == 1:
+        return {folder.name: ggufs[0]}
+    return {f"{folder.name}/{file.stem}": file for file in ggufs}
 
 
 def _to_entries(places: Mapping[str, Path]) -> list[ModelEntry]:

@@ -15,7 +15,8 @@ from modules.model_kinds import read_json
 
 SAFETENSORS = "model.safetensors"
 PICKLE = "pytorch_model.bin"
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+# All that transformers would load.
+PICKLE_PATTERN = "pytorch_model*.bin"
 _LENGTH_BYTES = 8
 # As the format's own library has it.
 _MAX_HEADER_BYTES = 100_000_000
@@ -65,12 +66,11 @@ def _check_part(folder: Path, allow_pickle: bool, needs_weights: bool) -> None:
 
 
 def _check_pickles(folder: Path, allow_pickle: bool, needs_weights: bool) -> None:
-    pickles = [path for path in folder.glob("*") if path.suffix in PICKLE_SUFFIXES]
+    pickles = sorted(folder.glob(PICKLE_PATTERN))
     if pickles and not allow_pickle:
-        named = [path for path in pickles if path.name.startswith("pytorch_model")]
         raise ModelLoadError(
-            f"{min(named or pickles)} is a pickle, a format that can hold programs, and there is "
-            f"no {SAFETENSORS} beside it. If you trust who made it, use --allow-pickle."
+            f"{pickles[0]} is a pickle, a format that can hold programs, and there is no "
+            f"{SAFETENSORS} beside it. If you trust who made it, use --allow-pickle."
         )
     for shard in _shards(folder, PICKLE) or ():
         _check_pickle(shard)

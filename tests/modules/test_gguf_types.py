@@ -36,10 +36,23 @@ BLOCKS: dict[Kind, dict[int, float]] = {
     Kind.Q4_K: {0: SIZE / 150, 2: SIZE / 150 * 7.5},
     Kind.Q5_K: {0: SIZE / 300, 2: SIZE / 300 * 15.5},
     Kind.Q6_K: {208: SIZE / 1400},
+    Kind.IQ1_S: {0: SIZE / 8},
+    Kind.IQ2_XXS: {0: SIZE / 40},
+    Kind.IQ3_S: {0: SIZE / 120},
     Kind.IQ4_NL: {0: SIZE / 60},
     Kind.IQ4_XS: {0: SIZE / 1200},
 }
-QUANTIZED = (Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0, Kind.F32, Kind.F16, Kind.BF16)
+QUANTIZED = (
+    Kind.F32,
+    Kind.F16,
+    Kind.BF16,
+    Kind.Q4_0,
+    Kind.Q4_1,
+    Kind.Q5_0,
+    Kind.Q5_1,
+    Kind.Q8_0,
+    Kind.MXFP4,
+)
 
 
 def store(values: np.ndarray, kind: Kind) -> np.ndarray:

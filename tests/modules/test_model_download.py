@@ -249,6 +249,12 @@ def test_loras_and_single_files_have_their_places(run: Run, tmp_path: Path) -> N
     assert files == {"quants-Q4_K_M.gguf", "quants-Q8_0.gguf"}
 
 
+def test_pickles_come_with_a_word_on_how_they_are_loaded(run: Run, tmp_path: Path) -> None:
+    result = run("org/model", "--exclude-pattern", "*.safetensors")
+    assert (tmp_path / "models" / "org_model" / "pytorch_model.bin").read_bytes() == b"pickle"
+    assert "pickles" in result.stdout and "--allow-pickle" in result.stdout
+
+
 def test_damage_is_found(run: Run, hub: Hub, tmp_path: Path) -> None:
     hub.damages = True
     result = run("org/model")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -97,6 +98,12 @@ def test_lists_what_is_bundled_as_what_it_is() -> None:
         pytest.skip("no bundled model is installed")
     found = {entry.name: entry.kind for entry in list_entries(Settings())}
     assert found.items() >= installed.items()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is closed to root")
+def test_a_folder_that_is_closed_is_no_model(model_dir: Path, tiny: Path) -> None:
+    (model_dir / "lost+found").mkdir(mode=0)
+    assert list_models(model_dir) == ["tiny"]
 
 
 def test_many_models_are_listed_at_once(model_dir: Path, saved: Path) -> None:
@@ -283,8 +290,11 @@ def test_pickles_are_fetched_only_to_be_loaded(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
     with pytest.raises(ModelLoadError, match="is incomplete"):
         find_model("org/name", make_settings(model_dir))
-    assert "*.bin" not in hub.patterns
-    assert find_model("org/name", make_settings(model_dir, allow_pickle=True)).path.is_dir()
+    assert "pytorch_model*.bin" not in hub.patterns
+    settings = make_settings(model_dir, allow_pickle=True)
+    assert find_model("org/name", settings).path.is_dir()  # it is in the cache by now
+    find_model("org/other", settings)
+    assert "pytorch_model*.bin" in hub.patterns
 
 
 def test_code_is_fetched_only_to_be_run(

@@ -16,7 +16,7 @@ from modules.errors import ModelLoadError
 from modules.model_loading import _load_weights, load_model
 from modules.prequantized import prepare, quantization_of
 from modules.settings import Settings
-from tests.modules.conftest import make_settings, one_line
+from tests.modules.conftest import build_model, make_settings, one_line, save
 
 BLOCK = 32
 FP8 = {
@@ -131,3 +131,38 @@ def test_on_a_cpu_fp8_becomes_numbers(model_dir: Path, tiny: Path) -> None:
         assert weights[name].dtype == torch.float32
         # Scaled in float32 here and there: what is left is one rounding.
         assert torch.allclose(weights[name], expected, rtol=2**-20, atol=0)
+
+
+# E2M1, of OCP's Microscaling Formats specification, by its four bits.
+FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def to_mxfp4(folder: Path) -> dict[str, torch.Tensor]:
+    """Random numbers of four bits for the experts' matrices, 32 of them to a power of two; the
+    weights that this comes to, [experts, inputs, outputs].
+    """
+    generator = torch.Generator().manual_seed(0)
+    weights = load_file(folder / "model.safetensors")
+    meant = {}
+    for name in [name for name in weights if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, num_inputs, num_outputs = weights.pop(name).shape
+        shape = (experts, num_outputs, num_inputs // 32)
+        blocks = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8, generator=generator)
+        scales = torch.randint(120, 125, shape, dtype=torch.uint8, generator=generator)
+        weights[f"{name}_blocks"], weights[f"{name}_scales"] = blocks, scales
+        pairs = torch.stack((blocks & 15, blocks >> 4), dim=-1).int()
+        numbers = FP4[pairs].flatten(-2) * 2.0 ** (scales.int() - 127).unsqueeze(-1)
+        meant[name] = numbers.flatten(-2).transpose(1, 2)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    set_quantization(folder, {"quant_method": "mxfp4"})
+    return meant
+
+
+def test_on_a_cpu_mxfp4_becomes_numbers(tmp_path: Path) -> None:
+    folder = save(tmp_path / "experts", build_model("gpt-oss-sinks-sliding"))
+    meant = to_mxfp4(folder)
+    model = _load_weights(folder, make_settings(tmp_path, dtype="float32"), "cpu")
+    assert meant and quantization_of(model.config) is None
+    weights = model.state_dict()
+    for name, expected in meant.items():
+        assert torch.equal(weights[name].float(), expected)  # few bits: exact in all types

@@ -146,6 +146,7 @@ async def test_one_voice_is_kept(tmp_path: Path, synthesizer: SpeechSynthesizer)
     seen = []
     for name in ("anna", "anna", JOE):
         await collect(await synthesizer.speak(say("Yes", name)))
+        assert synthesizer.loaded_name == name
         seen.append(await synthesizer._worker.run(lambda shelf: shelf._voice))
     assert seen[0] is seen[1]
     assert seen[1] is not seen[2]

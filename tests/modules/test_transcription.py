@@ -119,8 +119,10 @@ async def test_one_model_is_kept(tmp_path: Path) -> None:
     (tmp_path / "mine").symlink_to(bundled)
     transcriber = Transcriber(Settings(model_dir=tmp_path))
     seen = []
+    assert transcriber.loaded_name is None
     for name in ("whisper-1", TINY, "mine"):
         await (await transcriber.transcribe(speak(), name, Hearing())).segments.aclose()
+        assert transcriber.loaded_name == ("mine" if name == "mine" else TINY)
         seen.append(await transcriber._worker.run(lambda shelf: shelf._model))
     assert seen[0] is seen[1]
     assert [model.name for model in seen if model] == [TINY, TINY, "mine"]

@@ -63,6 +63,15 @@ async def test_the_answer(client: httpx.AsyncClient) -> None:
     assert not parsed.model_extra and not parsed.usage.model_extra
 
 
+async def test_the_list_of_models_says_that_it_is_loaded(client: httpx.AsyncClient) -> None:
+    await embed(client)
+    for name in (NAME, "text-embedding-ada-002"):
+        model = (await client.get(f"/v1/models/{name}")).json()
+        assert (model["kind"], model["loaded"]) == ("embedding", True)
+        assert model["context_length"] == 256
+        assert model["alias_of"] == (None if name == NAME else NAME)
+
+
 async def test_one_text_is_a_list_of_one(client: httpx.AsyncClient) -> None:
     whole, alone = to_vectors(await embed(client)), to_vectors(await embed(client, input=TEXTS[0]))
     np.testing.assert_allclose(alone, whole[:1], atol=2e-6)
