@@ -81,7 +81,7 @@ def test_what_needs_torchvision_says_so(
 def test_all_weights_must_be_there(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(ModelLoadError, match="seer cannot be loaded"):
+    with pytest.raises(ModelLoadError, match="model.safetensors is incomplete"):
         load_model(str(folder), Settings(dtype="float32"))
 
 
