@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -11,6 +12,7 @@ from modules.engine.async_engine import AsyncEngine
 from modules.errors import InvalidRequestError
 from modules.instruction_templates import ChatTemplate
 from modules.prompt_encoder import PromptEncoder
+from modules.settings import Settings
 from modules.vocabulary import Vocabulary
 
 
@@ -19,6 +21,10 @@ class LoadedModel:
     """A model that can generate. A request keeps the one it began with."""
 
     name: str
+    path: Path
+    """What it was loaded from: a folder in transformers' format or a .gguf file."""
+    settings: Settings
+    """What it was loaded with: the server's, but for what was asked for when it was loaded."""
     engine: AsyncEngine
     tokenizer: PreTrainedTokenizerBase
     vocab_size: int

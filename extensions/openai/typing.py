@@ -558,7 +558,8 @@ class GenerationOptions(SamplingOptions):
 
     model: str | None = Field(
         default=None,
-        description="Name of a model. A name that the server does not know is ignored.",
+        description="Name of a model that is loaded, or can be, see `--model-autoload`. For any "
+        "other name the first one answers.",
     )
     stream: bool = Field(
         default=False, description="Send the answer in pieces, as server-sent events."
@@ -1026,10 +1027,14 @@ TokenIds = Annotated[
 Length = Annotated[int, Field(description="The number of tokens.")]
 
 
+TokensModel = Annotated[str | None, Field(description="The model whose tokens they are.")]
+
+
 class EncodeRequest(WireModel):
     model_config = _example({"text": "Hello!"})
 
     text: str = Field(description="What to cut into tokens, special ones added.")
+    model: TokensModel = None
 
 
 class EncodedText(BaseModel):
@@ -1045,6 +1050,7 @@ class DecodeRequest(WireModel):
     model_config = _example({"tokens": [19556, 17]})
 
     tokens: TokenIds
+    model: TokensModel = None
 
 
 class DecodedText(BaseModel):
@@ -1064,6 +1070,7 @@ class TokenizeRequest(WireModel):
 
     prompt: str | None = Field(default=None, description="What to cut into tokens.")
     messages: MessageList | None = Field(default=None, description="A conversation instead.")
+    model: TokensModel = None
     add_special_tokens: bool | None = Field(
         default=None,
         description="Add those that the tokenizer adds. null: with `prompt`, and where the "
