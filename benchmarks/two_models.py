@@ -24,7 +24,7 @@ from modules.engine.sampling_params import SamplingParams
 from modules.engine.sequence import SequenceRequest
 from modules.loaded_model import LoadedModel
 from modules.model_files import DEFAULT_MODEL
-from modules.model_loading import load_model
+from modules.model_loading import Shared, load_model
 from modules.settings import load_settings
 
 TOGETHER, ALONE = "together", "alone"
@@ -34,7 +34,8 @@ def main() -> None:
     options = parse_options()
     print_machine()
     settings = load_settings(["--cpu", "--dtype", options.dtype], {})
-    models = [load_model(name, settings) for name in options.models]
+    shared = Shared(num_to_come=2)
+    models = [load_model(name, settings, shared) for name in options.models]
     report = Report([TOGETHER, ALONE])
     for round_number in range(options.rounds + 1):
         alone = [asyncio.run(measure([model], options))[0] for model in models]
@@ -45,7 +46,7 @@ def main() -> None:
     if options.json:
         report.write(options.json, options)
     for model in models:
-        model.engine.stop()
+        model.close()
 
 
 def parse_options() -> argparse.Namespace:
