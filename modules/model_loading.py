@@ -52,6 +52,7 @@ from modules.rotary_positions import pin_rotary_factors, require_fixed_positions
 from modules.settings import PROJECT_ROOT, Settings
 from modules.vocabulary import Vocabulary
 from modules.weight_files import check_weights
+from modules.weight_sizes import estimate_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +121,14 @@ def start_loading(
     return future
 
 
+def estimate_weight_bytes(found: FoundModel, settings: Settings) -> int:
+    """What its weights will take, give or take a quarter. Raises ModelLoadError."""
+    device = _choose_device(settings)
+    with blame(found):
+        quantized = _quantized_dtype(settings, device)
+        return estimate_bytes(found.path, _choose_dtype(settings, device).itemsize, quantized)
+
+
 def _find_and_load(name: str, settings: Settings, shared: Shared) -> LoadedModel:
     found = find_model(name, settings)
     with blame(found), ExitStack() as undo:
@@ -130,7 +139,7 @@ def _find_and_load(name: str, settings: Settings, shared: Shared) -> LoadedModel
 
 def _load(found: FoundModel, settings: Settings, shared: Shared, undo: ExitStack) -> LoadedModel:
     """`undo` gets what has to be done if it fails."""
-    device = "cuda" if torch.cuda.is_available() and not settings.cpu else "cpu"
+    device = _choose_device(settings)
     folder = to_folder(found.path, settings)
     tokenizer = _load_tokenizer(folder, settings, is_converted=folder != found.path)
     model = _load_weights(folder, settings, device)
@@ -177,6 +186,10 @@ def _load(found: FoundModel, settings: Settings, shared: Shared, undo: ExitStack
         kv_part=kv_part,
         engine=AsyncEngine(engine, shared.thread),  # last: nobody would stop it
     )
+
+
+def _choose_device(settings: Settings) -> str:
+    return "cuda" if torch.cuda.is_available() and not settings.cpu else "cpu"
 
 
 def _dtype_name(model: PreTrainedModel, settings: Settings) -> str:

@@ -91,7 +91,8 @@ class InferenceThread:
     # On the thread. Its functions are small so that no variable holds an engine while it waits.
 
     def _run(self) -> None:
-        self._carry_out(*self._inbox.get())
+        while not self._in_turn:  # before the first one may stand what came too late for the last
+            self._carry_out(*self._inbox.get())
         while self._in_turn:
             if self._inbox.empty() and self._is_busy:
                 self._step_next()
