@@ -24,7 +24,7 @@ ServerError
 │   └── TemplateError                a chat template does not compile, or refuses the messages
 │       └── TemplateLimitError       it takes too long, or makes too much
 └── EngineError
-    ├── EngineDeadError              the inference thread has ended; nothing can be generated
+    ├── EngineDeadError              the model has failed, or was stopped; it generates no more
     ├── GenerationFailedError        a fault inside the engine ended this generation
     │   └── NoTokenLeftError         all that might come next has been left out, on request
     └── GenerationAbortedError       the server ended this generation, not the client

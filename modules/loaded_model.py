@@ -12,6 +12,7 @@ from modules.engine.async_engine import AsyncEngine
 from modules.errors import InvalidRequestError
 from modules.image_reader import ImageReader
 from modules.instruction_templates import ChatTemplate
+from modules.memory import KVPart, release_memory
 from modules.prompt_encoder import PromptEncoder
 from modules.settings import Settings
 from modules.vocabulary import Vocabulary
@@ -44,6 +45,19 @@ class LoadedModel:
     """None where it reads text only."""
     device: str = "cpu"
     dtype: str = "float32"
+    kv_part: KVPart | None = None
+    """Of the memory for keys and values; None if nobody knows how much of it the model takes."""
+
+    def close(self) -> None:
+        """Stop its engine, and give back the memory of the model; the tokenizer stays usable.
+
+        What is still being generated fails with GenerationAbortedError. Idempotent. It waits for a
+        step that is running: not for an event loop's thread.
+        """
+        self.engine.stop()
+        if self.kv_part is not None:
+            self.kv_part.give_back()
+        release_memory()
 
     def check_token_ids(self, token_ids: Iterable[int], param: str) -> None:
         """Raises InvalidRequestError, with the wire name of the field that they came in."""

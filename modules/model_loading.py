@@ -10,7 +10,8 @@ import logging
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
@@ -40,13 +41,14 @@ from modules.engine.cache_manager import BLOCK_SIZE
 from modules.engine.engine import Engine, EngineConfig
 from modules.engine.fused_layers import FORMATS, quantize_model
 from modules.engine.generate_engine import GenerateEngine
+from modules.engine.inference_thread import InferenceThread
 from modules.engine.probe import count_kv_bytes, probe, probe_alone
 from modules.errors import ModelLoadError, NotBatchableError, ServerError
 from modules.image_processors import can_read_images, load_image_reader
 from modules.image_reader import ImageReader
 from modules.instruction_templates import ChatTemplate, choose_template
 from modules.loaded_model import LoadedModel
-from modules.memory import GIB, available_memory, free_card_memory
+from modules.memory import GIB, KVBudget, KVPart, available_memory, free_card_memory
 from modules.model_files import FoundModel, find_model
 from modules.prequantized import prepare, quantization_of
 from modules.prompt_encoder import PromptEncoder
@@ -54,11 +56,10 @@ from modules.rotary_positions import pin_rotary_factors, require_fixed_positions
 from modules.settings import PROJECT_ROOT, Settings
 from modules.vocabulary import Vocabulary
 from modules.weight_files import check_weights
+from modules.weight_sizes import estimate_bytes
 
 logger = logging.getLogger(__name__)
 
-# Of the memory that is free once the weights are loaded.
-KV_CACHE_SHARE = {"cpu": 0.4, "cuda": 0.85}
 # Where a model says nothing about its context.
 DEFAULT_MAX_MODEL_LEN = 2048
 
@@ -81,12 +82,29 @@ _FILE_FAULTS = (
 )
 
 
-def load_model(name: str, settings: Settings) -> LoadedModel:
-    """Find `name`, load it and start its engine. Raises: ModelNotFoundError, ModelLoadError."""
-    return start_loading(name, settings).result()
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shared:
+    """What a model shares with those that it is loaded beside."""
+
+    thread: InferenceThread = field(default_factory=InferenceThread)
+    budget: KVBudget = field(default_factory=KVBudget)
+    num_to_come: int = 1
+    """How many models what is left of the budget is for: this one, and those to come after it."""
+    replaced: tuple[LoadedModel, ...] = ()
+    """Those that are closed as soon as this one is there."""
 
 
-def start_loading(name: str, settings: Settings) -> Future[LoadedModel]:
+def load_model(name: str, settings: Settings, shared: Shared | None = None) -> LoadedModel:
+    """Find `name`, load it and start its engine; `shared`: None means all to itself.
+
+    Raises: ModelNotFoundError, ModelLoadError.
+    """
+    return start_loading(name, settings, shared).result()
+
+
+def start_loading(
+    name: str, settings: Settings, shared: Shared | None = None
+) -> Future[LoadedModel]:
     """The same in a thread of its own, which nobody waits for when the program ends.
 
     OpenMP gives each thread that computes a team of helpers, and takes them back when it ends. With
@@ -99,7 +117,7 @@ def start_loading(name: str, settings: Settings) -> Future[LoadedModel]:
     def run() -> None:
         future.set_running_or_notify_cancel()
         try:
-            future.set_result(_find_and_load(name, settings))
+            future.set_result(_find_and_load(name, settings, shared or Shared()))
         except BaseException as error:  # the edge of the thread: it is raised where it is awaited
             future.set_exception(error)
 
@@ -107,14 +125,25 @@ def start_loading(name: str, settings: Settings) -> Future[LoadedModel]:
     return future
 
 
-def _find_and_load(name: str, settings: Settings) -> LoadedModel:
-    found = find_model(name, settings)
+def estimate_weight_bytes(found: FoundModel, settings: Settings) -> int:
+    """What its weights will take, give or take a quarter. Raises ModelLoadError."""
+    device = _choose_device(settings)
     with blame(found):
-        return _load(found, settings)
+        quantized = _quantized_dtype(settings, device)
+        return estimate_bytes(found.path, _choose_dtype(settings, device).itemsize, quantized)
 
 
-def _load(found: FoundModel, settings: Settings) -> LoadedModel:
-    device = "cuda" if torch.cuda.is_available() and not settings.cpu else "cpu"
+def _find_and_load(name: str, settings: Settings, shared: Shared) -> LoadedModel:
+    found = find_model(name, settings)
+    with blame(found), ExitStack() as undo:
+        model = _load(found, settings, shared, undo)
+        undo.pop_all()
+        return model
+
+
+def _load(found: FoundModel, settings: Settings, shared: Shared, undo: ExitStack) -> LoadedModel:
+    """`undo` gets what has to be done if it fails."""
+    device = _choose_device(settings)
     folder = to_folder(found.path, settings)
     tokenizer = _load_tokenizer(folder, settings, is_converted=folder != found.path)
     reader = load_image_reader(folder, _source_options(settings))
@@ -132,7 +161,11 @@ def _load(found: FoundModel, settings: Settings) -> LoadedModel:
         raise ModelLoadError(
             f"{found.name} cannot be loaded in {settings.dtype}: its layers are not known."
         )
-    config = _choose_config(model, tokenizer, wished_model_len, is_batched, settings)
+    # Nobody knows what the cache of a model that runs alone takes.
+    kv_part = _reserve(model, wished_model_len, settings, shared) if is_batched else None
+    if kv_part is not None:
+        undo.callback(kv_part.give_back)
+    config = _choose_config(model, tokenizer, wished_model_len, kv_part, settings)
     if is_batched:
         pin_rotary_factors(model, config.max_model_len)
     engine = Engine(model, config) if is_batched else GenerateEngine(model, config)
@@ -159,8 +192,13 @@ def _load(found: FoundModel, settings: Settings) -> LoadedModel:
         continues_prompt=not model.config.is_encoder_decoder,
         device=device,
         dtype=stored or (wished if wished and is_quantized else _dtype_name(model, settings)),
-        engine=AsyncEngine(engine),  # last: it has a thread, which nobody would end
+        kv_part=kv_part,
+        engine=AsyncEngine(engine, shared.thread),  # last: nobody would stop it
     )
+
+
+def _choose_device(settings: Settings) -> str:
+    return "cuda" if torch.cuda.is_available() and not settings.cpu else "cpu"
 
 
 def _dtype_name(model: PreTrainedModel, settings: Settings) -> str:
@@ -194,13 +232,12 @@ def _choose_config(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     wished_model_len: int,
-    is_batched: bool,
+    kv_part: KVPart | None,
     settings: Settings,
 ) -> EngineConfig:
     num_cache_tokens = wished_model_len
-    if is_batched:  # else nobody knows what the model's own cache takes
-        memory = _kv_cache_bytes(settings, model)
-        num_cache_tokens = memory // count_kv_bytes(model)
+    if kv_part is not None:
+        num_cache_tokens = kv_part.num_bytes // count_kv_bytes(model)
     return EngineConfig(
         max_model_len=_fit_model_len(wished_model_len, num_cache_tokens, settings),
         eos_token_ids=find_eos_token_ids(model, tokenizer),
@@ -433,25 +470,38 @@ def _fit_model_len(wished: int, num_cache_tokens: int, settings: Settings) -> in
     """
     if num_cache_tokens >= wished:
         return wished
-    room = f"the keys and values of {num_cache_tokens} tokens fit into memory"
+    room = f"the keys and values of {num_cache_tokens} tokens fit into the memory that is left"
     if settings.max_model_len is not None:
         raise ModelLoadError(
             f"{wished} tokens of context are too many: {room}. "
-            "Lower --max-model-len, or raise --kv-cache-memory."
+            "Lower --max-model-len, raise --kv-cache-memory, or unload another model."
         )
     if num_cache_tokens < BLOCK_SIZE:
-        raise ModelLoadError(f"There is no room for a context: {room}. Raise --kv-cache-memory.")
+        raise ModelLoadError(
+            f"There is no room for a context: {room}. "
+            "Raise --kv-cache-memory, or unload another model."
+        )
     logger.warning("context limited to %d of %d tokens by memory", num_cache_tokens, wished)
     return num_cache_tokens
 
 
-def _kv_cache_bytes(settings: Settings, model: PreTrainedModel) -> int:
+def _reserve(
+    model: PreTrainedModel, wished_model_len: int, settings: Settings, shared: Shared
+) -> KVPart:
     """Measured after the weights, whatever they are made of."""
-    if settings.kv_cache_memory is not None:
-        return int(settings.kv_cache_memory * GIB)
     device = model.device.type
-    free = free_card_memory(_cards(model)) if device == "cuda" else available_memory()
-    return int(free * KV_CACHE_SHARE[device])
+    total = settings.kv_cache_memory
+    # All that may run at once, and one more context to begin with again. A card's memory is taken
+    # anyway, and what is left of it retained.
+    most = (max(2, settings.max_num_seqs) + 1) * wished_model_len * count_kv_bytes(model)
+    return shared.budget.reserve(
+        device,
+        free_card_memory(_cards(model)) if device == "cuda" else available_memory(),
+        total=None if total is None else int(total * GIB),
+        most=most if device == "cpu" else None,
+        num_to_come=shared.num_to_come,
+        replaced=[other.kv_part for other in shared.replaced if other.kv_part is not None],
+    )
 
 
 def _cards(model: PreTrainedModel) -> list[torch.device]:

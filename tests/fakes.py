@@ -114,7 +114,7 @@ class FakeEngine:
 
     def check_health(self) -> None:
         if self.is_dead:
-            raise EngineDeadError("The model has failed; the server must be restarted.")
+            raise EngineDeadError("The model has failed; it must be loaded again.")
 
     async def generate(
         self, requests: Sequence[SequenceRequest]

@@ -81,6 +81,14 @@ def test_chat(folder: Path, tmp_path: Path) -> None:
         assert 0 < min(values["messages left out"][mode]) < 62
 
 
+def test_two_models(folder: Path, tmp_path: Path) -> None:
+    sizes = ("--rounds", 1, "--tokens", 12)
+    values = report(tmp_path / "out.json", "two_models.py", "--models", folder, folder, *sizes)
+    for name in ("first", "second"):
+        assert values[f"{name} model (tok/s)"]["together"] > [0]
+    assert values["sum of the shares (%)"]["alone"] == [100]
+
+
 def test_sampler(folder: Path, tmp_path: Path) -> None:
     sizes = ("--streams", 2, "--rounds", 1, "--tokens", 4, "--prompt-tokens", 20)
     values = report(tmp_path / "out.json", "sampler.py", "--model", folder, *sizes)

@@ -1,7 +1,6 @@
-"""AsyncEngine: the inference thread, and the only bridge between it and the event loop.
+"""AsyncEngine: the only bridge between the inference thread, which runs its engine, and the loop.
 
-Commands go down through one inbox; all outputs of a step come up in one call to the loop. One
-thread, because the engine is synchronous and the state of CUDA is bound to it.
+Commands go down through the thread's inbox; all outputs of a step come up in one call to the loop.
 """
 
 from __future__ import annotations
@@ -9,14 +8,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import queue
-import threading
 import traceback
 from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass, field, replace
 
 from modules.engine.engine import Engine
 from modules.engine.generate_engine import GenerateEngine
+from modules.engine.inference_thread import InferenceThread
 from modules.engine.outputs import FinishReason, TokenOutput
 from modules.engine.scheduler import ScheduledBatch
 from modules.engine.sequence import SequenceRequest
@@ -38,11 +36,6 @@ class _Abort:
     request_id: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Stop:
-    pass
-
-
 @dataclass(slots=True)
 class _Stream:
     """What one `generate` still waits for; touched on the event loop only."""
@@ -53,17 +46,19 @@ class _Stream:
 
 
 class AsyncEngine:
-    """Starts its thread when made; `stop` ends it."""
+    """On a thread that other engines may share, from when it is made until `stop`."""
 
-    def __init__(self, engine: Engine | GenerateEngine) -> None:
+    def __init__(
+        self, engine: Engine | GenerateEngine, thread: InferenceThread | None = None
+    ) -> None:
+        """`thread`: None means one of its own."""
         self._engine = engine
-        self._commands: queue.SimpleQueue[_Add | _Abort | _Stop] = queue.SimpleQueue()
         self._streams: dict[str, _Stream] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._death: str | None = None
         self._num_failed_steps = 0
-        self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
-        self._thread.start()
+        self._thread = thread or InferenceThread()
+        self._thread.add(self)
 
     # On the event loop
 
@@ -80,16 +75,16 @@ class AsyncEngine:
         Closing the generator aborts what is still running.
 
         Raises:
-            EngineDeadError: the inference thread has ended, before or meanwhile.
+            EngineDeadError: the engine has failed or was stopped before, or fails meanwhile.
             GenerationAbortedError: the engine was stopped meanwhile.
         """
+        self._loop = asyncio.get_running_loop()  # before the question: a death must reach it
         self.check_health()
-        self._loop = asyncio.get_running_loop()
         added = tuple(requests)
         is_background = all(request.is_background for request in added)
         stream = _Stream({request.request_id for request in added}, is_background)
         self._streams.update(dict.fromkeys(stream.open_ids, stream))
-        self._commands.put(_Add(added))
+        self._thread.send(self, _Add(added))
         try:
             while stream.open_ids or not stream.inbox.empty():
                 outputs = await stream.inbox.get()
@@ -107,7 +102,7 @@ class AsyncEngine:
         if stream is not None:
             stream.open_ids.discard(request_id)
             stream.inbox.put_nowait([])  # whoever waits for more must look again
-            self._commands.put(_Abort(request_id))
+            self._thread.send(self, _Abort(request_id))
 
     def abort_all(self) -> None:
         """End every sequence of every `generate`, but those of the background."""
@@ -116,9 +111,12 @@ class AsyncEngine:
                 self.abort(request_id)
 
     def stop(self) -> None:
-        """End the thread; what is still running fails with GenerationAbortedError."""
-        self._commands.put(_Stop())
-        self._thread.join()
+        """Let the engine go; what is still running fails with GenerationAbortedError.
+
+        Returns when nothing here holds the model any more. Idempotent. For any thread but that of
+        inference.
+        """
+        self._thread.remove(self)
 
     def _deliver(self, outputs: list[TokenOutput]) -> None:
         batches: dict[int, tuple[_Stream, list[TokenOutput]]] = {}
@@ -140,17 +138,33 @@ class AsyncEngine:
             stream.open_ids.clear()
             stream.inbox.put_nowait(error)
 
-    # On the inference thread
+    # On the inference thread: see HostedEngine
 
-    def _run(self) -> None:
-        try:
-            while self._obey_commands():
-                self._publish(self._step())
-        except BaseException as error:  # the edge of the thread: every open request must hear of it
-            _log("Inference ended", error)
-            self._die(EngineDeadError("The model has failed; the server must be restarted."))
-        else:
-            self._die(GenerationAbortedError("The server is shutting this model down."))
+    @property
+    def has_unfinished(self) -> bool:
+        return self._death is None and self._engine.has_unfinished
+
+    @property
+    def has_foreground(self) -> bool:
+        return self._death is None and self._engine.has_foreground
+
+    def obey(self, command: object) -> None:
+        match command:
+            case _Add(requests) if self._death is None:
+                self._publish([*filter(None, map(self._add, requests))])
+            case _Abort(request_id) if self._death is None:
+                self._engine.abort(request_id)
+
+    def step(self) -> None:
+        self._publish(self._step())
+
+    def fail(self, error: BaseException) -> None:
+        _log("Inference ended", error)
+        self._die(EngineDeadError("The model has failed; it must be loaded again."))
+
+    def let_go(self) -> None:
+        self._die(GenerationAbortedError("The server is shutting this model down."))
+        del self._engine  # whoever may still hold this bridge does not hold a model with it
 
     def _step(self) -> list[TokenOutput]:
         batch = self._engine.schedule()
@@ -183,18 +197,6 @@ class AsyncEngine:
                 failure = self._engine.fail(unit.items[0].seq.request_id)
                 outputs.append(replace(failure, error=reason))
         return outputs
-
-    def _obey_commands(self) -> bool:
-        """Carry out the inbox, waiting for a command if there is nothing to do; False to stop."""
-        while not self._commands.empty() or not self._engine.has_unfinished:
-            match self._commands.get():
-                case _Add(requests):
-                    self._publish([*filter(None, map(self._add, requests))])
-                case _Abort(request_id):
-                    self._engine.abort(request_id)
-                case _Stop():
-                    return False
-        return True
 
     def _add(self, request: SequenceRequest) -> TokenOutput | None:
         """The output that says so, if the engine cannot take it."""

@@ -72,6 +72,11 @@ class Engine:
     def has_unfinished(self) -> bool:
         return self.scheduler.has_unfinished
 
+    @property
+    def has_foreground(self) -> bool:
+        """Whether any of what is unfinished is not of the background."""
+        return self.scheduler.has_foreground
+
     def add(self, request: SequenceRequest) -> None:
         """Queue a generation. What is to be read must have a token, and at most `max_model_len` of
         them; what is guided, and the negative prompt with it, `max_guided_len`.

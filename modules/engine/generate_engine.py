@@ -60,6 +60,10 @@ class GenerateEngine:
     def has_unfinished(self) -> bool:
         return bool(self._sequences)
 
+    @property
+    def has_foreground(self) -> bool:
+        return any(not seq.is_background for seq in self._sequences.values())
+
     def add(self, request: SequenceRequest) -> None:
         """Queue a generation. The prompt must have a token, and be shorter than `max_model_len`.
 

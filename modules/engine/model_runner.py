@@ -33,8 +33,8 @@ from modules.engine.transfer import upload
 # Of torch and of the compiled functions. On the CPU nothing in int8 is rounded by their number.
 NUM_THREADS = torch.get_num_threads()
 
-# While models are exchanged, two threads may want to compute. Not all of numba's threading layers
-# allow that, and side by side they would only take each other's cores.
+# A model is tried out while others run: then two threads want to compute. Not all of numba's
+# threading layers allow that, and side by side they would only take each other's cores.
 _TURN = threading.Lock()
 
 

@@ -166,19 +166,19 @@ class Scheduler:
     @property
     def active(self) -> list[Sequence]:
         """The running ones that do not pause."""
-        if not self._pauses_background or not self._is_foreground_busy:
+        if not self._pauses_background or not self.has_foreground:
             return self.running
         return [seq for seq in self.running if not seq.is_background]
 
     @property
-    def _is_foreground_busy(self) -> bool:
+    def has_foreground(self) -> bool:
         first = (*self.running[:1], *self.waiting[:1])
         return any(not seq.is_background for seq in first)
 
     @property
     def _max_num_prompt_tokens(self) -> int:
         """Of a step. There is always room for one chunk: prompts are cut nowhere else."""
-        return self._max_num_batched_tokens if self._is_foreground_busy else self._chunk_size
+        return self._max_num_batched_tokens if self.has_foreground else self._chunk_size
 
     def add(self, seq: Sequence) -> None:
         self.waiting.append(seq)
@@ -251,7 +251,7 @@ class Scheduler:
         num_passed = 0
         being_read = {self._cache.next_content(seq) for seq in self.active if self.waiting}
         for seq in tuple(self.waiting):
-            if seq.is_background and self._is_foreground_busy:
+            if seq.is_background and self.has_foreground:
                 break
             num_taken = len(self.active) + num_passed
             # Two that go together are let in even where only one may run.

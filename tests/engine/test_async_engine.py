@@ -170,9 +170,10 @@ async def test_stop_ends_what_is_running(make_engine) -> None:
     with pytest.raises(GenerationAbortedError):
         async for _ in stream:
             pass
-    assert not any(
-        thread.name == "inference" and thread is engine._thread for thread in threading.enumerate()
-    )
+    assert "inference" not in {thread.name for thread in threading.enumerate()}
+    engine.stop()
+    with pytest.raises(EngineDeadError):
+        await collect(engine, request("late", [5]))
 
 
 async def test_everything_can_be_ended_at_once(engine) -> None:
