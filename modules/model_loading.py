@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -60,6 +61,10 @@ from modules.weight_sizes import estimate_bytes
 
 logger = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
+
+# So much more than the weights themselves does loading them take.
+ROOM_FACTOR = 1.2
 # Where a model says nothing about its context.
 DEFAULT_MAX_MODEL_LEN = 2048
 
@@ -112,17 +117,46 @@ def start_loading(
     between steps: a step of one token took 26 ms instead of 5. So the inference thread shall be the
     only one that computes and stays.
     """
-    future: Future[LoadedModel] = Future()
+    return _start(partial(_find_and_load, name, settings, shared or Shared()))
+
+
+def start_looking_for_room(name: str, settings: Settings) -> Future[bool]:
+    """Whether `name` can be loaded beside what is in memory already, in a thread likewise.
+
+    Raises: ModelNotFoundError, ModelLoadError.
+    """
+    return _start(partial(_has_room, name, settings))
+
+
+def _start(work: Callable[[], Result]) -> Future[Result]:
+    future: Future[Result] = Future()
 
     def run() -> None:
         future.set_running_or_notify_cancel()
         try:
-            future.set_result(_find_and_load(name, settings, shared or Shared()))
+            future.set_result(work())
         except BaseException as error:  # the edge of the thread: it is raised where it is awaited
             future.set_exception(error)
 
     threading.Thread(target=run, name="loading", daemon=True).start()
     return future
+
+
+def _has_room(name: str, settings: Settings) -> bool:
+    """While weights are loaded, none of them are in fewer bits yet."""
+    device = _choose_device(settings)
+    found = find_model(name, settings)
+    with blame(found):
+        needed = estimate_bytes(found.path, _choose_dtype(settings, device).itemsize)
+    return needed * ROOM_FACTOR <= _free_memory(device, settings)
+
+
+def _free_memory(device: str, settings: Settings) -> int:
+    if device == "cpu":
+        return available_memory()
+    current = torch.cuda.current_device()
+    indices = range(torch.cuda.device_count()) if settings.device_map else [current]
+    return free_card_memory([torch.device("cuda", index) for index in indices])
 
 
 def estimate_weight_bytes(found: FoundModel, settings: Settings) -> int:

@@ -17,14 +17,17 @@ from dataclasses import replace
 from time import monotonic
 from typing import Any, TypeVar
 
-from modules.errors import ModelNotFoundError, NoModelLoadedError
+from modules.engine.inference_thread import InferenceThread
+from modules.errors import ModelNotFoundError, NoModelLoadedError, ServerError
 from modules.loaded_model import LoadedModel
+from modules.memory import KVBudget
 from modules.model_files import list_models
-from modules.model_loading import start_loading
+from modules.model_loading import Shared, start_loading, start_looking_for_room
 from modules.settings import Settings
 
 Result = TypeVar("Result")
-StartLoading = Callable[[str, Settings], "Future[LoadedModel]"]
+StartLoading = Callable[[str, Settings, Shared], "Future[LoadedModel]"]
+StartLooking = Callable[[str, Settings], "Future[bool]"]
 
 # So long may requests go on with a model that has been replaced: a client that does not read its
 # answer must not keep its memory for ever.
@@ -34,8 +37,10 @@ MAX_LEAVING_SECONDS = 600.0
 class _Place:
     """A loaded model, and who uses it."""
 
-    def __init__(self, model: LoadedModel) -> None:
+    def __init__(self, model: LoadedModel, source: str) -> None:
         self.model = model
+        self.source = source
+        """The name, or the path, that it was loaded by."""
         self.used_at = monotonic()
         """When a request last began or ended with it."""
         self._num_leases = 0
@@ -64,7 +69,7 @@ class _Place:
 
     async def stop(self) -> None:
         """What is still being generated fails with a typed error."""
-        await asyncio.to_thread(self.model.engine.stop)
+        await asyncio.to_thread(self.model.close)
 
 
 class ModelLease:
@@ -94,13 +99,21 @@ class ModelLease:
 
 
 class ModelManager:
-    def __init__(self, settings: Settings, start_loading: StartLoading = start_loading) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        start_loading: StartLoading = start_loading,
+        start_looking_for_room: StartLooking = start_looking_for_room,
+    ) -> None:
         self._settings = settings
         self._start_loading = start_loading
+        self._start_looking_for_room = start_looking_for_room
+        self._thread = InferenceThread()
+        self._budget = KVBudget()
         self._max_loaded = settings.max_loaded_models or max(1, len(settings.model))
         self._places: dict[str, _Place] = {}
         self._default: str | None = None
-        self._asleep: dict[str, Settings] = {}
+        self._asleep: dict[str, _Place] = {}
         """What was let go because nobody used it, and comes back when somebody does."""
         self._leaving: dict[_Place, asyncio.Task[None]] = {}
         self._changes: set[asyncio.Task[Any]] = set()
@@ -185,7 +198,10 @@ class ModelManager:
     async def _load_for_request(self, name: str | None) -> None:
         if self.must_load(name):  # else another request has had it loaded meanwhile
             own_name = self.find_name(name)
-            await self._exchange(own_name, self._asleep.get(own_name, self._settings))
+            if place := self._asleep.get(own_name):
+                await self._exchange(place.source, place.model.settings)
+            else:
+                await self._exchange(own_name, self._settings)
 
     # Changes
 
@@ -244,13 +260,13 @@ class ModelManager:
     async def _put_to_sleep(self, timeout: float) -> None:
         for name, place in tuple(self._places.items()):
             if place.is_free and monotonic() - place.used_at >= timeout:
-                self._asleep[name] = place.model.settings
+                self._asleep[name] = place
                 self._retire(place)
 
     def close(self) -> None:
         """At the end: let everything go. What is still being generated fails with a typed error."""
         for place in (*self._places.values(), *self._leaving):
-            place.model.engine.stop()
+            place.model.close()
         self._places.clear()
         self._default = None
 
@@ -267,18 +283,53 @@ class ModelManager:
         return await asyncio.shield(task)
 
     async def _exchange(self, name: str, settings: Settings) -> LoadedModel:
-        """Load a model, then let those go that there is no place for."""
-        if self._leaving:  # their memory may be needed
-            await asyncio.wait(self._leaving.values())
-        model = await asyncio.wrap_future(self._start_loading(name, settings))
+        """Load a model, and let those go that it takes the place of: after that, or before, where
+        there is no memory for both.
+        """
+        await self._wait_for_leaving()
+        leaving = self._choose_leaving(name)
+        if leaving and not await asyncio.wrap_future(self._start_looking_for_room(name, settings)):
+            return await self._load_after(leaving, name, settings)
+        return await self._load_beside(leaving, name, settings)
+
+    async def _load_beside(
+        self, leaving: Sequence[_Place], name: str, settings: Settings
+    ) -> LoadedModel:
+        shared = Shared(
+            thread=self._thread,
+            budget=self._budget,
+            num_to_come=max(1, self._max_loaded - len(self._places) + len(leaving)),
+            replaced=tuple(place.model for place in leaving),
+        )
+        model = await asyncio.wrap_future(self._start_loading(name, settings, shared))
         for place in self._choose_leaving(model.name):
             self._retire(place)
-        self.add(model)
+        self.add(model, name)
         return model
 
-    def add(self, model: LoadedModel) -> None:
-        """Make a model that runs one of the loaded ones."""
-        self._places[model.name] = _Place(model)
+    async def _load_after(
+        self, leaving: Sequence[_Place], name: str, settings: Settings
+    ) -> LoadedModel:
+        """If it fails, what had to go for it comes back."""
+        default = self._default
+        for place in leaving:
+            self._retire(place)
+        await self._wait_for_leaving()
+        try:
+            return await self._load_beside((), name, settings)
+        except ServerError:
+            for place in leaving:
+                await self._load_beside((), place.source, place.model.settings)
+            self._default = default
+            raise
+
+    async def _wait_for_leaving(self) -> None:
+        if self._leaving:
+            await asyncio.wait(self._leaving.values())
+
+    def add(self, model: LoadedModel, source: str | None = None) -> None:
+        """Make a model that runs one of the loaded ones; `source`: what to load it by again."""
+        self._places[model.name] = _Place(model, source or model.name)
         self._asleep.pop(model.name, None)
         num_surplus = len(self._places) + len(self._asleep) - self._max_loaded
         for name in list(self._asleep)[: max(0, num_surplus)]:
