@@ -99,10 +99,14 @@ def list_voice_files(voice_dir: Path) -> dict[str, Path]:
 
 def find_entry(name: str, settings: Settings, kind: ModelKind) -> ModelEntry | None:
     """What `find_model` would find on this machine, as a model of that kind."""
-    if found := _find_here(name, settings, kind):
-        facts = describe(found.path) or ModelFacts(kind, "transformers")
-        return _to_entry(found.name, found.path, replace(facts, kind=kind))
-    return None
+    found = _find_here(name, settings, kind)
+    return build_entry(found.name, found.path, kind) if found else None
+
+
+def build_entry(name: str, path: Path, kind: ModelKind) -> ModelEntry:
+    """Of a model that is used as one of that kind, whatever its files say."""
+    facts = describe(path) or ModelFacts(kind, "transformers")
+    return _to_entry(name, path, replace(facts, kind=kind))
 
 
 def find_model(name: str, settings: Settings, kind: ModelKind = ModelKind.TEXT) -> FoundModel:

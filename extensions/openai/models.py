@@ -1,7 +1,7 @@
 """GET /v1/models: which models there are, and one of them."""
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +11,8 @@ from fastapi.responses import JSONResponse
 from extensions.openai.responses import ListedModel, build_model, build_model_list
 from extensions.openai.typing import Model, ModelList
 from modules.context import Context
-from modules.model_files import ModelEntry, find_entry, list_entries
+from modules.loaded_model import LoadedModel
+from modules.model_files import ModelEntry, build_entry, find_entry, list_entries
 from modules.model_kinds import ModelKind
 from modules.settings import Settings
 
@@ -48,16 +49,16 @@ def add_routes(router: APIRouter, context: Context) -> None:
 
 async def list_models(context: Context) -> list[ListedModel]:
     """Of all kinds, each once: loaded ones first, names that stand for others last."""
+    loaded = await asyncio.to_thread(_list_loaded, context.models.loaded)
     known = await asyncio.to_thread(_find_models, context.settings)
-    loaded = _loaded_texts(context, known)
     in_memory = _loaded_names(context)
     others = [
         replace(model, is_loaded=in_memory.get(model.kind) == model.id)
         for model in known.values()
-        if model.id not in loaded
+        if model.id not in {each.id for each in loaded}
     ]
     others.sort(key=lambda model: (not model.is_loaded, model.kind != "text"))
-    models = [*loaded.values(), *others]
+    models = [*loaded, *others]
     models += _list_aliases(context.settings, models)
     known_ids = {model.id for model in models}
     names = {name: kind for name, kind in COMPATIBILITY_NAMES.items() if name not in known_ids}
@@ -104,17 +105,13 @@ def _to_listed(entry: ModelEntry) -> ListedModel:
     )
 
 
-def _loaded_texts(context: Context, known: Mapping[str, ListedModel]) -> dict[str, ListedModel]:
-    """By id. Of files that are in none of the known places, nothing is told."""
-    return {
-        model.name: replace(
-            known.get(model.name, ListedModel(model.name, "text")),
-            kind="text",
-            is_loaded=True,
-            context_length=model.max_model_len,
-        )
-        for model in context.models.loaded
-    }
+def _list_loaded(models: Sequence[LoadedModel]) -> list[ListedModel]:
+    """Those that write text, with the context that they have here."""
+    entries = [build_entry(model.name, model.path, ModelKind.TEXT) for model in models]
+    return [
+        replace(_to_listed(entry), is_loaded=True, context_length=model.max_model_len)
+        for model, entry in zip(models, entries, strict=True)
+    ]
 
 
 def _loaded_names(context: Context) -> dict[str, str | None]:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,9 @@ def write_config(folder: Path, architecture: str, **more: Any) -> None:
 
 
 @pytest.fixture
-def app(make_app: MakeApp, model_dir: Path) -> FastAPI:
+def app(make_app: MakeApp, model_dir: Path, manager: FakeModelManager) -> FastAPI:
+    assert manager.model is not None
+    manager.model = replace(manager.model, path=model_dir / "tiny")
     return make_app(
         model_dir=model_dir,
         voice_dir=model_dir / "voices",
@@ -127,11 +131,17 @@ async def test_without_a_model(
     assert (answer["id"], answer["loaded"], answer["alias_of"]) == ("gpt-9", False, None)
 
 
-async def test_a_loaded_model_from_elsewhere(client: httpx.AsyncClient, model_dir: Path) -> None:
-    (model_dir / "tiny" / "config.json").unlink()
-    first, *_ = (await read_models(client)).values()
-    assert (first["id"], first["loaded"], first["context_length"]) == ("tiny", True, 1024)
-    assert first["created"] == 0
+async def test_a_loaded_model_from_elsewhere(
+    client: httpx.AsyncClient, manager: FakeModelManager, model_dir: Path, tmp_path_factory: Any
+) -> None:
+    """It has the name of another one in the model folder."""
+    folder = tmp_path_factory.mktemp("elsewhere") / "tiny"
+    write_config(folder, "LlavaForConditionalGeneration", vision_config={})
+    os.utime(folder / "config.json", (7, 7))
+    assert manager.model is not None
+    manager.model = replace(manager.model, path=folder)
+    models = await read_models(client)
+    assert (models["tiny"]["created"], models["tiny"]["accepts_images"]) == (7, True)
 
 
 @pytest.mark.parametrize("name", ["gpt-9", "org/model", "a/b/c", "größe"])
