@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
+from modules.adapters import NO_ADAPTER, Adapters
 from modules.engine.async_engine import AsyncEngine
+from modules.engine.low_rank import Adapter
 from modules.errors import InvalidRequestError
 from modules.instruction_templates import ChatTemplate
 from modules.prompt_encoder import PromptEncoder
@@ -35,6 +37,22 @@ class LoadedModel:
     """False where the reply is a text of its own, as an encoder-decoder's is."""
     device: str = "cpu"
     dtype: str = "float32"
+    adapters: Adapters
+    applied_adapters: tuple[Adapter, ...] = ()
+    """With which of them it generates."""
+
+    def with_adapter(self, name: str | None, param: str = "lora") -> LoadedModel:
+        """This model as a request wants it that names this adapter in the field `param`.
+
+        None: with all adapters that are loaded; "" or "none": with none. Raises
+        AdapterNotFoundError.
+        """
+        if name is None:
+            return replace(self, applied_adapters=self.adapters.all)
+        if name in ("", NO_ADAPTER):
+            return replace(self, applied_adapters=())
+        adapter = self.adapters.get(name, param)
+        return replace(self, name=f"{self.name}:{name}", applied_adapters=(adapter,))
 
     def check_token_ids(self, token_ids: Iterable[int], param: str) -> None:
         """Raises InvalidRequestError, with the wire name of the field that they came in."""

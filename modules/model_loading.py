@@ -32,6 +32,7 @@ from transformers import (
 )
 
 from modules import conversions
+from modules.adapters import Adapters
 from modules.engine.async_engine import AsyncEngine
 from modules.engine.cache_manager import BLOCK_SIZE
 from modules.engine.engine import Engine, EngineConfig
@@ -111,6 +112,10 @@ def _load(found: FoundModel, settings: Settings) -> LoadedModel:
     if is_batched:
         pin_rotary_factors(model, config.max_model_len)
     engine = Engine(model, config) if is_batched else GenerateEngine(model, config)
+    adapters = Adapters(
+        found.name, settings.lora_dir, engine.runner.layers if isinstance(engine, Engine) else None
+    )
+    adapters.load(settings.lora)
     # The length is checked where a prompt comes in; transformers would only warn of it.
     tokenizer.model_max_length = int(1e30)
     return LoadedModel(
@@ -130,6 +135,7 @@ def _load(found: FoundModel, settings: Settings) -> LoadedModel:
         continues_prompt=not model.config.is_encoder_decoder,
         device=device,
         dtype=wished if wished and is_quantized else _dtype_name(model, settings),
+        adapters=adapters,
         engine=AsyncEngine(engine),  # last: it has a thread, which nobody would end
     )
 

@@ -7,10 +7,12 @@ import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from modules.adapters import Adapters
 from modules.engine.outputs import FinishReason, TokenOutput, TopLogprobs
 from modules.engine.sequence import SequenceRequest
 from modules.errors import EngineDeadError, GenerationAbortedError, NoModelLoadedError
@@ -226,6 +228,7 @@ def _byte_characters() -> dict[int, str]:
 def build_model(engine: FakeEngine, tokenizer: PreTrainedTokenizerFast) -> LoadedModel:
     return LoadedModel(
         name="tiny",
+        adapters=Adapters("tiny", Path("loras"), None),
         engine=engine,
         tokenizer=tokenizer,
         vocab_size=len(tokenizer),
