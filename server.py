@@ -115,12 +115,14 @@ def _bind(settings: Settings) -> socket.socket:
 def _load_model(manager: ModelManager, settings: Settings) -> None:
     from modules.model_files import DEFAULT_MODEL, how_to_get_bundled
 
-    if settings.model is None and DEFAULT_MODEL not in manager.list_names():
+    if not settings.model and DEFAULT_MODEL not in manager.list_names():
         print(f"No model: start with --model NAME. {how_to_get_bundled()}")
         return
-    name = settings.model or DEFAULT_MODEL
-    print(f"Loading {name}", flush=True)
-    _describe(manager.load(name))
+    names = settings.model or (DEFAULT_MODEL,)
+    print(f"Loading {', '.join(names)}", flush=True)
+    asyncio.run(manager.load_all(names))
+    for model in manager.loaded:
+        _describe(model)
 
 
 def _describe(model: LoadedModel) -> None:

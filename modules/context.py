@@ -47,7 +47,7 @@ class Context:
         self.images.close()
         self.transcriber.close()
         self.speech.close()
-        self.models.unload()
+        self.models.close()
         self.storage.close()
 
 

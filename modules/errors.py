@@ -79,7 +79,7 @@ class NotBatchableError(ModelError):
 
 class NoModelLoadedError(ModelError):
     def __init__(self) -> None:
-        super().__init__("No model is loaded. Start the server with --model NAME.")
+        super().__init__("No model is loaded. Start the server with --model NAME, or load one.")
 
 
 class CapabilityError(ServerError):

@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -118,8 +119,19 @@ class _Hooked:
         return tuple(torch.as_tensor(edited).flatten().tolist())
 
     def _make_logits_processors(self, token_ids: TokenIds) -> tuple[LogitsProcessor, ...]:
-        found = self.extensions.collect(PROCESSORS_HOOK, torch.tensor([token_ids])).result()
+        prompt = torch.tensor([token_ids])
+        make_list = partial(ProcessorList, self.model)
+        found = self.extensions.collect(PROCESSORS_HOOK, prompt, make_list=make_list).result()
         return tuple(_Processor(*item) for item in found)
+
+
+class ProcessorList(list[Any]):
+    """What `logits_processor_modifier` adds to."""
+
+    def __init__(self, model: LoadedModel) -> None:
+        super().__init__()
+        self.model = model
+        """The one that is going to reply."""
 
 
 def _find_fault(edited: Any, vocab_size: int) -> str | None:

@@ -96,9 +96,11 @@ class Extensions:
         """
         return self.submit(self._first, hook, args, extras)
 
-    def collect(self, hook: str, *args: Any) -> Future[list[tuple[str, Any]]]:
+    def collect(
+        self, hook: str, *args: Any, make_list: Callable[[], list[Any]] = list
+    ) -> Future[list[tuple[str, Any]]]:
         """What the hooks put into a list, or return in one, each with its extension's name."""
-        return self.submit(self._collect, hook, args)
+        return self.submit(self._collect, hook, args, make_list)
 
     def submit(
         self,
@@ -130,10 +132,12 @@ class Extensions:
                 return _guard(hook, result) if isinstance(result, Generator) else result
         return None
 
-    def _collect(self, name: str, args: tuple[Any, ...]) -> list[tuple[str, Any]]:
+    def _collect(
+        self, name: str, args: tuple[Any, ...], make_list: Callable[[], list[Any]]
+    ) -> list[tuple[str, Any]]:
         found: list[tuple[str, Any]] = []
         for hook in self._hooks[name]:
-            items: list[Any] = []
+            items = make_list()
             result = hook(items, *args)
             items = items if result is None else result
             hook.check((items,))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -13,6 +14,7 @@ from modules.engine.low_rank import Adapter
 from modules.errors import InvalidRequestError
 from modules.instruction_templates import ChatTemplate
 from modules.prompt_encoder import PromptEncoder
+from modules.settings import Settings
 from modules.vocabulary import Vocabulary
 
 
@@ -21,6 +23,10 @@ class LoadedModel:
     """A model that can generate. A request keeps the one it began with."""
 
     name: str
+    path: Path
+    """What it was loaded from: a folder in transformers' format or a .gguf file."""
+    settings: Settings
+    """What it was loaded with: the server's, but for what was asked for when it was loaded."""
     engine: AsyncEngine
     tokenizer: PreTrainedTokenizerBase
     vocab_size: int
@@ -48,7 +54,8 @@ class LoadedModel:
         AdapterNotFoundError.
         """
         if name is None:
-            return replace(self, applied_adapters=self.adapters.all)
+            loaded = self.adapters.all
+            return replace(self, applied_adapters=loaded) if loaded else self
         if name in ("", NO_ADAPTER):
             return replace(self, applied_adapters=())
         adapter = self.adapters.get(name, param)

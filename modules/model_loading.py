@@ -7,10 +7,10 @@ is `models.py`' business.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -76,22 +76,34 @@ _FILE_FAULTS = (
 
 def load_model(name: str, settings: Settings) -> LoadedModel:
     """Find `name`, load it and start its engine. Raises: ModelNotFoundError, ModelLoadError."""
+    return start_loading(name, settings).result()
+
+
+def start_loading(name: str, settings: Settings) -> Future[LoadedModel]:
+    """The same in a thread of its own, which nobody waits for when the program ends.
+
+    OpenMP gives each thread that computes a team of helpers, and takes them back when it ends. With
+    the teams of two threads there are more helpers than cores, and all of them sleep in the kernel
+    between steps: a step of one token took 26 ms instead of 5. So the inference thread shall be the
+    only one that computes and stays.
+    """
+    future: Future[LoadedModel] = Future()
+
+    def run() -> None:
+        future.set_running_or_notify_cancel()
+        try:
+            future.set_result(_find_and_load(name, settings))
+        except BaseException as error:  # the edge of the thread: it is raised where it is awaited
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="loading", daemon=True).start()
+    return future
+
+
+def _find_and_load(name: str, settings: Settings) -> LoadedModel:
     found = find_model(name, settings)
     with blame(found):
-        return _run_in_own_thread(partial(_load, found, settings))
-
-
-def _run_in_own_thread(load: Callable[[], LoadedModel]) -> LoadedModel:
-    """OpenMP gives each thread that computes a team of helpers, and takes them back when it ends.
-
-    With the teams of two threads there are more helpers than cores, and all of them sleep in the
-    kernel between steps: a step of one token took 26 ms instead of 5. So the inference thread shall
-    be the only one that computes and stays.
-    """
-    executor = ThreadPoolExecutor(1, "loading")
-    future = executor.submit(load)
-    executor.shutdown(wait=False)  # the thread ends with its work
-    return future.result()
+        return _load(found, settings)
 
 
 def _load(found: FoundModel, settings: Settings) -> LoadedModel:
@@ -120,6 +132,8 @@ def _load(found: FoundModel, settings: Settings) -> LoadedModel:
     tokenizer.model_max_length = int(1e30)
     return LoadedModel(
         name=found.name,
+        path=found.path,
+        settings=settings,
         tokenizer=tokenizer,
         vocab_size=_vocab_size(model),
         vocabulary=Vocabulary(tokenizer, _vocab_size(model)),

@@ -1,46 +1,321 @@
-"""ModelManager: which models are loaded."""
+"""ModelManager: which models are loaded, which request uses which, and how one takes another's
+place.
+
+Changes happen one at a time, first come, first served. Requests do not wait for them, but for a
+model that they need and that has to be loaded first. Each keeps the model that it began with until
+its answer has been sent, and a model that is replaced goes when its last request has ended.
+Everything here happens on the event loop; what takes long, in threads.
+"""
 
 from __future__ import annotations
 
-from modules.errors import NoModelLoadedError
+import asyncio
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from time import monotonic
+from typing import Any, TypeVar
+
+from modules.errors import ModelNotFoundError, NoModelLoadedError
 from modules.loaded_model import LoadedModel
 from modules.model_files import list_models
-from modules.model_loading import load_model
+from modules.model_loading import start_loading
 from modules.settings import Settings
+
+Result = TypeVar("Result")
+StartLoading = Callable[[str, Settings], "Future[LoadedModel]"]
+
+# So long may requests go on with a model that has been replaced: a client that does not read its
+# answer must not keep its memory for ever.
+MAX_LEAVING_SECONDS = 600.0
+
+
+class _Place:
+    """A loaded model, and who uses it."""
+
+    def __init__(self, model: LoadedModel) -> None:
+        self.model = model
+        self.used_at = monotonic()
+        """When a request last began or ended with it."""
+        self._num_leases = 0
+        self._is_free = asyncio.Event()
+        self._is_free.set()
+
+    @property
+    def is_free(self) -> bool:
+        return not self._num_leases
+
+    def lease(self) -> None:
+        self._num_leases += 1
+        self.used_at = monotonic()
+        self._is_free.clear()
+
+    def release(self) -> None:
+        self._num_leases -= 1
+        self.used_at = monotonic()
+        if self.is_free:
+            self._is_free.set()
+
+    async def stop_when_free(self) -> None:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._is_free.wait(), MAX_LEAVING_SECONDS)
+        await self.stop()
+
+    async def stop(self) -> None:
+        """What is still being generated fails with a typed error."""
+        await asyncio.to_thread(self.model.engine.stop)
+
+
+class ModelLease:
+    """What one request uses. It stays until the lease is closed, when the answer has been sent."""
+
+    def __init__(self, manager: ModelManager) -> None:
+        self._manager = manager
+        self._place: _Place | None = None
+
+    def must_wait(self, name: str | None) -> bool:
+        """Whether `get` has to load something first. Raises NoModelLoadedError."""
+        return self._manager.must_load(self._manager.split(name)[0])
+
+    async def get(self, name: str | None = None, lora: str | None = None) -> LoadedModel:
+        """The model that answers to `name`, see `ModelManager.find_name`, with the adapter that
+        `lora` names, or else `name` after a colon. Once per lease.
+
+        Raises: NoModelLoadedError, AdapterNotFoundError; where a model has to be loaded first, what
+        `load` raises.
+        """
+        assert self._place is None
+        own_name, adapter = self._manager.split(name)
+        self._place = await self._manager.take(own_name)
+        if lora is not None:
+            return self._place.model.with_adapter(lora, "lora")
+        return self._place.model.with_adapter(adapter, "model")
+
+    def close(self) -> None:
+        if self._place is not None:
+            self._place.release()
+            self._place = None
 
 
 class ModelManager:
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._current: LoadedModel | None = None
+    def __init__(self, settings: Settings, start_loading: StartLoading = start_loading) -> None:
+        self._settings = replace(settings, lora=())
+        self._first_lora = settings.lora
+        self._start_loading = start_loading
+        self._max_loaded = settings.max_loaded_models or max(1, len(settings.model))
+        self._places: dict[str, _Place] = {}
+        self._default: str | None = None
+        self._asleep: dict[str, Settings] = {}
+        """What was let go because nobody used it, and comes back when somebody does."""
+        self._leaving: dict[_Place, asyncio.Task[None]] = {}
+        self._changes: set[asyncio.Task[Any]] = set()
+        self._turn = asyncio.Lock()
+
+    # Which there are
+
+    @property
+    def loaded(self) -> tuple[LoadedModel, ...]:
+        """The default first, then as they were loaded."""
+        places = sorted(self._places.items(), key=lambda item: item[0] != self._default)
+        return tuple(place.model for _, place in places)
 
     @property
     def current(self) -> LoadedModel:
-        """Raises NoModelLoadedError."""
-        if self._current is None:
+        """The default: it answers where no model is named, or none that there is.
+
+        Raises NoModelLoadedError.
+        """
+        if self._default not in self._places:
             raise NoModelLoadedError
-        return self._current
+        return self._places[self._default].model
 
     @property
     def is_loaded(self) -> bool:
-        return self._current is not None
+        return self._default in self._places
+
+    @property
+    def asleep(self) -> tuple[str, ...]:
+        """Names of the models that were let go because nobody used them."""
+        return tuple(self._asleep)
+
+    def find(self, name: str) -> LoadedModel | None:
+        """The loaded model of that name, or that alias."""
+        place = self._places.get(self._settings.model_aliases.get(name, name))
+        return place.model if place else None
 
     def list_names(self) -> list[str]:
         """Names of the models on this machine, sorted; those in the hub's cache are left out."""
         return list_models(self._settings.model_dir)
 
-    def load(self, name: str) -> LoadedModel:
-        """Load a model and make it the current one; the old one stays until the new one is there.
+    def find_name(self, name: str | None) -> str:
+        """The name of the model that answers to `name`: that one itself if it is loaded, or may be
+        loaded for a request; else the default.
 
-        Raises: ModelNotFoundError, ModelLoadError.
+        Raises NoModelLoadedError.
         """
-        model = load_model(name, self._settings)
-        self.unload()
-        self._current = model
+        own_name = self._settings.model_aliases.get(name or "", name)
+        if own_name is not None and self._is_to_be_had(own_name):
+            return own_name
+        if self._default is None:
+            raise NoModelLoadedError
+        return self._default
+
+    def split(self, name: str | None) -> tuple[str | None, str | None]:
+        """`model:adapter` as a model's name and an adapter's, if there is no model of that name."""
+        own_name, colon, adapter = (name or "").rpartition(":")
+        if not colon or self._answers_to(name or "") or not self._answers_to(own_name):
+            return name, None
+        return own_name, adapter
+
+    def _answers_to(self, name: str) -> bool:
+        return self._is_to_be_had(self._settings.model_aliases.get(name, name))
+
+    def _is_to_be_had(self, name: str) -> bool:
+        if name in self._places or name in self._asleep:
+            return True
+        return self._settings.model_autoload and name in self.list_names()
+
+    # For requests
+
+    def must_load(self, name: str | None) -> bool:
+        """Whether what answers to `name` has to be loaded first. Raises NoModelLoadedError."""
+        return self.find_name(name) not in self._places
+
+    @contextmanager
+    def lease(self) -> Iterator[ModelLease]:
+        lease = ModelLease(self)
+        try:
+            yield lease
+        finally:
+            lease.close()
+
+    async def take(self, name: str | None) -> _Place:
+        """The place of the model that answers to `name`, leased."""
+        while self.must_load(name):
+            await self._change(self._load_for_request(name))
+        place = self._places[self.find_name(name)]
+        place.lease()
+        return place
+
+    async def _load_for_request(self, name: str | None) -> None:
+        if self.must_load(name):  # else another request has had it loaded meanwhile
+            own_name = self.find_name(name)
+            await self._exchange(own_name, self._asleep.get(own_name, self._settings))
+
+    # Changes
+
+    async def load(self, name: str, overrides: Mapping[str, Any] | None = None) -> LoadedModel:
+        """Load a model and make it the default. One of the same name goes then, and where there are
+        too many, those that have not been used for longest; each when its requests have ended.
+
+        `overrides`: of the settings that the server was started with, by name.
+
+        Raises what `load_model` raises; then, everything stays as it was.
+        """
+        own_name = self._settings.model_aliases.get(name, name)
+        settings = replace(self._settings, **(overrides or {}))
+        return await self._change(self._load(own_name, settings))
+
+    async def _load(self, name: str, settings: Settings) -> LoadedModel:
+        model = await self._exchange(name, settings)
+        self._default = model.name
         return model
 
-    def unload(self) -> None:
-        """Let the current model go; what it was still generating fails with a typed error."""
-        if self._current is not None:
-            self._current.engine.stop()
-            self._current = None
+    async def load_all(self, names: Sequence[str]) -> None:
+        """At start; the first one is the default. Raises what `load_model` raises."""
+        first = await self.load(names[0], {"lora": self._first_lora})
+        for name in names[1:]:
+            await self.load(name)
+        self._default = first.name
+
+    async def unload(self, name: str | None = None) -> None:
+        """Let a model go, or all; what they are still generating fails with a typed error.
+
+        Raises ModelNotFoundError if that one is not loaded.
+        """
+        await self._change(self._unload(name))
+
+    async def _unload(self, name: str | None) -> None:
+        names = [name] if name is not None else [*self._places, *self._asleep]
+        places = [self._places.pop(each) for each in names if each in self._places]
+        asleep = [self._asleep.pop(each) for each in names if each in self._asleep]
+        if name is not None and not places and not asleep:
+            raise ModelNotFoundError(f"{name} is not loaded.")
+        if self._default in names:
+            self._default = next(iter((*self._places, *self._asleep)), None)
+        for place in places:
+            await place.stop()
+
+    async def unload_idle(self) -> None:
+        """Let models go that nobody has used for `idle_timeout`; a request brings them back.
+
+        A service: it does not end.
+        """
+        timeout = self._settings.idle_timeout * 60
+        while True:
+            now = monotonic()
+            free = [place.used_at for place in self._places.values() if place.is_free]
+            await asyncio.sleep(max(0.01, min(free, default=now) + timeout - now))
+            await self._change(self._put_to_sleep(timeout))
+
+    async def _put_to_sleep(self, timeout: float) -> None:
+        for name, place in tuple(self._places.items()):
+            if place.is_free and monotonic() - place.used_at >= timeout:
+                model = place.model
+                self._asleep[name] = replace(model.settings, lora=model.adapters.names)
+                self._retire(place)
+
+    def close(self) -> None:
+        """At the end: let everything go. What is still being generated fails with a typed error."""
+        for place in (*self._places.values(), *self._leaving):
+            place.model.engine.stop()
+        self._places.clear()
+        self._default = None
+
+    async def _change(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """Do it when its turn has come, even if whoever asked for it has left."""
+
+        async def do_in_turn() -> Result:
+            async with self._turn:
+                return await work
+
+        task = asyncio.create_task(do_in_turn())
+        self._changes.add(task)
+        task.add_done_callback(self._changes.discard)
+        return await asyncio.shield(task)
+
+    async def _exchange(self, name: str, settings: Settings) -> LoadedModel:
+        """Load a model, then let those go that there is no place for."""
+        if self._leaving:  # their memory may be needed
+            await asyncio.wait(self._leaving.values())
+        model = await asyncio.wrap_future(self._start_loading(name, settings))
+        for place in self._choose_leaving(model.name):
+            self._retire(place)
+        self.add(model)
+        return model
+
+    def add(self, model: LoadedModel) -> None:
+        """Make a model that runs one of the loaded ones."""
+        self._places[model.name] = _Place(model)
+        self._asleep.pop(model.name, None)
+        num_surplus = len(self._places) + len(self._asleep) - self._max_loaded
+        for name in list(self._asleep)[: max(0, num_surplus)]:
+            del self._asleep[name]
+        if self._default not in (*self._places, *self._asleep):
+            self._default = model.name
+
+    def _choose_leaving(self, name: str) -> list[_Place]:
+        """Whose place a model of that name takes."""
+        own = [place for each, place in self._places.items() if each == name]
+        others = [place for each, place in self._places.items() if each != name]
+        others.sort(key=lambda place: place.used_at)
+        num_surplus = len(others) + 1 - self._max_loaded
+        return own + others[: max(0, num_surplus)]
+
+    def _retire(self, place: _Place) -> None:
+        """No further request gets it; it goes when those that have it have ended."""
+        del self._places[place.model.name]
+        task = asyncio.create_task(place.stop_when_free())
+        self._leaving[place] = task
+        task.add_done_callback(lambda _: self._leaving.pop(place))

@@ -37,8 +37,13 @@ def setting(
     minimum: float | None = None,
     maximum: float | None = None,
     secret: bool = False,
+    is_split: bool = True,
 ) -> Any:
-    """A dataclass field that is also a row of SETTINGS; `aliases` are flags that mean one value."""
+    """A dataclass field that is also a row of SETTINGS.
+
+    `aliases` are flags that mean one value; with `is_split`, commas and spaces part the names of a
+    list.
+    """
     metadata = {
         "group": group,
         "help": help,
@@ -50,8 +55,10 @@ def setting(
         "minimum": minimum,
         "maximum": maximum,
         "secret": secret,
+        "is_split": is_split,
     }
-    return field(default=default, repr=not secret, metadata=metadata)
+    # A mapping would be refused as a default: it has no hash, though this kind cannot be changed.
+    return field(default_factory=lambda: default, repr=not secret, metadata=metadata)
 
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4"]
@@ -105,12 +112,40 @@ class Settings:
     )
     max_request_size: int = setting(NETWORK, 64, "Largest request body, in MiB.", minimum=1)
 
-    model: str | None = setting(
-        MODEL, None, "Model to load at start: a folder in the model folder, a path or a name."
+    model: tuple[str, ...] = setting(
+        MODEL,
+        (),
+        "Models to load at start: folders in the model folder, paths or names; the first one is "
+        "the default.",
+        is_split=False,
     )
     model_dir: Path = setting(MODEL, PROJECT_ROOT / "models", "Folder that holds the models.")
+    model_aliases: Mapping[str, str] = setting(
+        MODEL,
+        MappingProxyType({}),
+        "Other names for models, such as gpt-4: NAME, as requests may use them.",
+        flag=False,
+    )
+    model_autoload: bool = setting(
+        MODEL, False, "Load a model of the model folder when a request names it."
+    )
+    max_loaded_models: int | None = setting(
+        MODEL,
+        None,
+        "How many models may be loaded at a time; as many as at start if left out.",
+        minimum=1,
+    )
+    idle_timeout: float = setting(
+        MODEL,
+        0.0,
+        "Minutes without requests until a model is unloaded, to be loaded by the next; 0: never.",
+        minimum=0,
+    )
     lora: tuple[str, ...] = setting(
-        MODEL, (), "Adapters (LoRA) to load with the model: folders in the adapter folder."
+        MODEL,
+        (),
+        "Adapters (LoRA) to load with the first model: folders in the adapter folder.",
+        is_split=False,
     )
     lora_dir: Path = setting(MODEL, PROJECT_ROOT / "loras", "Folder that holds the adapters.")
     cpu: bool = setting(MODEL, False, "Run the model on the CPU even if there is a GPU.")
@@ -364,7 +399,7 @@ class Setting:
 
     name: str
     type: type
-    """bool, int, float, str, Path or tuple (of str)."""
+    """bool, int, float, str, Path, tuple (of str) or Mapping (of str to str)."""
     optional: bool
     default: Any
     group: str
@@ -377,6 +412,7 @@ class Setting:
     minimum: float | None
     maximum: float | None
     secret: bool
+    is_split: bool
 
     @property
     def description(self) -> str:
@@ -392,6 +428,8 @@ class Setting:
                 return self.default.relative_to(PROJECT_ROOT).as_posix()
             case tuple():
                 return " ".join(self.default)
+            case Mapping():
+                return ""
         return str(self.default)
 
 
@@ -404,7 +442,7 @@ def _to_setting(row: Field[Any]) -> Setting:
         type=kind,
         optional=optional,
         choices=choices,
-        default=row.default,
+        default=row.default_factory(),  # type: ignore[operator]
         flag=f"--{row.name.replace('_', '-')}" if flag else None,
         key=(key or row.name) if in_file else None,
         env=env or None,
@@ -522,6 +560,8 @@ def convert(row: Setting, value: object, source: str, folder: Path) -> Any:
     if row.optional and value == "":
         return None
     expected, to_type = _CONVERTERS[row.type]
+    if row.type is tuple and not row.is_split:
+        to_type = _to_items
     try:
         result = to_type(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):
@@ -578,9 +618,19 @@ def _to_path(value: object) -> Path:
 
 
 def _to_names(value: object) -> tuple[str, ...]:
-    items = value if isinstance(value, list) else [value]
-    names = (name for item in items for name in re.split(r"[,\s]+", _to_text(item)) if name)
+    names = (name for item in _to_items(value) for name in re.split(r"[,\s]+", item) if name)
     return tuple(dict.fromkeys(names))
+
+
+def _to_items(value: object) -> tuple[str, ...]:
+    items = value if isinstance(value, list) else [value]
+    return tuple(dict.fromkeys(item for item in map(_to_text, items) if item))
+
+
+def _to_mapping(value: object) -> Mapping[str, str]:
+    if not isinstance(value, dict):
+        raise TypeError
+    return MappingProxyType({_to_text(key): _to_text(entry) for key, entry in value.items()})
 
 
 _CONVERTERS: dict[type, tuple[str, Callable[[object], Any]]] = {
@@ -590,6 +640,7 @@ _CONVERTERS: dict[type, tuple[str, Callable[[object], Any]]] = {
     str: ("text (put it in quotes)", _to_text),
     Path: ("a path", _to_path),
     tuple: ("a list of names", _to_names),
+    Mapping: ("names and what they mean, as `name: meaning`", _to_mapping),
 }
 
 

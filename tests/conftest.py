@@ -7,6 +7,7 @@ import json
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,8 @@ def make_app(manager: FakeModelManager) -> MakeApp:
     def make(folder: Path = FOLDER, **settings: Any) -> FastAPI:
         app = FastAPI(docs_url=None, redoc_url=None)
         known = Settings(**{"extensions": ("openai",), **settings})
+        if manager.model is not None:
+            manager.model = replace(manager.model, settings=known)
         extensions = load_extensions(known, folder)
         extensions.set_up(build_context(known, manager, app, extensions))
         return app

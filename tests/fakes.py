@@ -15,10 +15,12 @@ from transformers import PreTrainedTokenizerFast
 from modules.adapters import Adapters
 from modules.engine.outputs import FinishReason, TokenOutput, TopLogprobs
 from modules.engine.sequence import SequenceRequest
-from modules.errors import EngineDeadError, GenerationAbortedError, NoModelLoadedError
+from modules.errors import EngineDeadError, GenerationAbortedError
 from modules.instruction_templates import ChatTemplate, TemplateSource
 from modules.loaded_model import LoadedModel
+from modules.models import ModelManager
 from modules.prompt_encoder import PromptEncoder
+from modules.settings import Settings
 from modules.vocabulary import Vocabulary
 
 END_OF_TEXT, IM_START, IM_END = 256, 257, 258
@@ -176,22 +178,24 @@ class FakeEngine:
             stopped.get_loop().call_soon_threadsafe(stopped.set_result, None)
 
 
-@dataclass(slots=True)
-class FakeModelManager:
-    """The interface of ModelManager that the API uses, around a model that is already there."""
+class FakeModelManager(ModelManager):
+    """With a model that is there already, and names of others."""
 
-    model: LoadedModel | None
-    names: list[str] = field(default_factory=list)
-
-    @property
-    def current(self) -> LoadedModel:
-        if self.model is None:
-            raise NoModelLoadedError
-        return self.model
+    def __init__(self, model: LoadedModel | None, names: Sequence[str] = ()) -> None:
+        super().__init__(Settings())
+        self.names = list(names)
+        self.model = model
 
     @property
-    def is_loaded(self) -> bool:
-        return self.model is not None
+    def model(self) -> LoadedModel | None:
+        return self.current if self.is_loaded else None
+
+    @model.setter
+    def model(self, model: LoadedModel | None) -> None:
+        self._places.clear()
+        self._default = None
+        if model is not None:
+            self.add(model)
 
     def list_names(self) -> list[str]:
         return sorted(self.names)
@@ -225,10 +229,14 @@ def _byte_characters() -> dict[int, str]:
     }
 
 
-def build_model(engine: FakeEngine, tokenizer: PreTrainedTokenizerFast) -> LoadedModel:
+def build_model(
+    engine: FakeEngine, tokenizer: PreTrainedTokenizerFast, settings: Settings | None = None
+) -> LoadedModel:
     return LoadedModel(
         name="tiny",
         adapters=Adapters("tiny", Path("loras"), None),
+        path=Path("tiny"),
+        settings=settings or Settings(),
         engine=engine,
         tokenizer=tokenizer,
         vocab_size=len(tokenizer),

@@ -45,6 +45,7 @@ TORCH_FREE = (
     "modules/batch_queue.py",
 )
 ASYNCIO = (
+    "modules/models.py",
     "modules/engine/async_engine.py",
     "modules/text_generation.py",
     "modules/extended_generation.py",

@@ -13,26 +13,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from modules.context import Context
-    from modules.models import ModelManager
+    from modules.extended_generation import ProcessorList
 
 params: dict[str, Any] = {"activate": True, "min_length": 120}
 
 # Subtracted from their logits: line breaks become about 150 times less likely.
 LINE_BREAK_PENALTY = 5.0
 
-models: ModelManager
 
-
-def setup(context: Context) -> None:
-    global models
-    models = context.models
-
-
-def logits_processor_modifier(processor_list: list[Any], input_ids: Tensor) -> None:
+def logits_processor_modifier(processor_list: ProcessorList, input_ids: Tensor) -> None:
     if not params["activate"]:
         return
-    model = models.current
+    model = processor_list.model
     ends = model.eos_token_ids
     processor_list.append(
         LongReply(

@@ -79,11 +79,13 @@ class Endpoint:
 
 
 async def _answer_chat(context: Context, body: ChatCompletionRequest) -> Json:
-    return await _fold(await answer_chat(context, body, is_background=True))
+    with context.models.lease() as lease:
+        return await _fold(await answer_chat(context, lease, body, is_background=True))
 
 
 async def _answer_completion(context: Context, body: CompletionRequest) -> Json:
-    return await _fold(await answer_completion(context, body, is_background=True))
+    with context.models.lease() as lease:
+        return await _fold(await answer_completion(context, lease, body, is_background=True))
 
 
 async def _fold(answer: Answer) -> Json:

@@ -12,6 +12,7 @@ from extensions.openai import streaming
 from extensions.openai.chat_hooks import prepare_chat
 from extensions.openai.chat_prompts import ChatPrompt
 from extensions.openai.docs import describe_chat
+from extensions.openai.leases import depend_on_lease
 from extensions.openai.logprobs import ReadLogprobs, make_chat_reader, read_none
 from extensions.openai.responses import (
     Envelope,
@@ -35,23 +36,31 @@ from extensions.openai.usage import UsageCounter
 from modules.context import Context
 from modules.extended_generation import generate, modify_output
 from modules.loaded_model import LoadedModel
+from modules.models import ModelLease
 from modules.settings import PROJECT_ROOT
 from modules.text_generation import TextDelta, TextRequest
 
 
 def add_routes(router: APIRouter, context: Context) -> None:
+    leased = depend_on_lease(context)
+
     @router.post("/v1/chat/completions", tags=["Chat"], responses=describe_chat())
-    async def create_chat_completion(request: Request, body: ChatCompletionRequest) -> Response:
+    async def create_chat_completion(
+        request: Request, body: ChatCompletionRequest, lease: ModelLease = leased
+    ) -> Response:
         """Reply to a conversation. With `stream`, as server-sent events."""
-        answer = await answer_chat(context, body)
+        answer = await answer_chat(context, lease, body)
         return await streaming.send(answer, request, body, context.settings)
 
 
 async def answer_chat(
-    context: Context, body: ChatCompletionRequest, is_background: bool = False
+    context: Context,
+    lease: ModelLease,
+    body: ChatCompletionRequest,
+    is_background: bool = False,
 ) -> Answer:
-    """Raises NoModelLoadedError, and what `prepare_chat` and `generate` raise."""
-    model = context.models.current
+    """Raises what `ModelLease.get`, `prepare_chat` and `generate` raise."""
+    model = await lease.get(body.model, body.lora)
     body = await asyncio.to_thread(fill_from_preset, body, PROJECT_ROOT)
     body, state, prompt = await prepare_chat(context, model, body)
     request = await asyncio.to_thread(_to_text_request, model, body, prompt)

@@ -41,11 +41,11 @@ async def prepare_chat(
     body, state = await _modify_request(context, body, model)
     text = await _ask_for_prompt(extensions, body, state)
     if text is not None:
-        build = partial(build_custom_prompt, context.settings, model, body, text)
+        build = partial(build_custom_prompt, model, body, text)
     else:
         edit_opening = _make_opening_editor(extensions, state)
         measure = _make_measure(extensions)
-        build = partial(build_chat_prompt, context.settings, model, body, edit_opening, measure)
+        build = partial(build_chat_prompt, model, body, edit_opening, measure)
     executor = STRANGERS if body.brings_template else None
     prompt = await asyncio.get_running_loop().run_in_executor(executor, build)
     return body, state, prompt
@@ -55,7 +55,7 @@ async def _modify_request(context: Context, body: Body, model: LoadedModel) -> t
     extensions = context.extensions
     if not extensions.needs_state and not extensions.has("history_modifier"):
         return body, {}
-    names = await asyncio.to_thread(name_speakers, context.settings, body)
+    names = await asyncio.to_thread(name_speakers, model, body)
     more = {**names, "history": read_dialogue(body.messages).history}
     body, state = await modify_state(extensions, body, model, more)
     dialogue = await _modify_history(extensions, read_dialogue(body.messages))

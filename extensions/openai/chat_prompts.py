@@ -36,7 +36,6 @@ class ChatPrompt:
 
 
 def build_chat_prompt(
-    settings: Settings,
     model: LoadedModel,
     body: ChatCompletionRequest,
     edit_opening: EditOpening | None = None,
@@ -46,8 +45,8 @@ def build_chat_prompt(
 
     Raises what `open_chat` and `fit_prompt` raise.
     """
-    conversation = open_chat(settings, model, body, edit_opening)
-    drops_turns = (body.truncate or settings.truncate) == "turns"
+    conversation = open_chat(model, body, edit_opening)
+    drops_turns = (body.truncate or model.settings.truncate) == "turns"
     room = to_room(body, model)
     if measure is not None:
         room = _leave_room(room, conversation, model, measure)
@@ -60,11 +59,9 @@ def build_chat_prompt(
     )
 
 
-def build_custom_prompt(
-    settings: Settings, model: LoadedModel, body: ChatCompletionRequest, text: str
-) -> ChatPrompt:
+def build_custom_prompt(model: LoadedModel, body: ChatCompletionRequest, text: str) -> ChatPrompt:
     """A prompt that was not made of a template; the replies to it end as others do."""
-    conversation = open_chat(settings, model, body)
+    conversation = open_chat(model, body)
     bos_token = model.tokenizer.bos_token
     has_bos = bool(bos_token) and text.startswith(str(bos_token))
     token_ids = model.prompt_encoder.encode(text, add_special_tokens=not has_bos)
@@ -89,7 +86,6 @@ def _leave_room(
 
 
 def open_chat(
-    settings: Settings,
     model: LoadedModel,
     body: ChatCompletionRequest,
     edit_opening: EditOpening | None = None,
@@ -97,7 +93,7 @@ def open_chat(
     """Raises what `open_conversation` raises."""
     marker = model.prompt_encoder.choose_marker
     resources = ChatResources(model.chat_template, PROJECT_ROOT, marker, edit_opening)
-    return open_conversation(body.messages, _to_options(settings, body), resources)
+    return open_conversation(body.messages, _to_options(model.settings, body), resources)
 
 
 def check_settings(settings: Settings) -> None:
@@ -113,9 +109,9 @@ def check_settings(settings: Settings) -> None:
             raise SettingsError(f"settings: {key}: {error}") from error
 
 
-def name_speakers(settings: Settings, body: ChatCompletionRequest) -> dict[str, str]:
+def name_speakers(model: LoadedModel, body: ChatCompletionRequest) -> dict[str, str]:
     """By the fields that name them. Raises what `find_names` raises."""
-    name1, name2 = find_names(_to_options(settings, body), PROJECT_ROOT)
+    name1, name2 = find_names(_to_options(model.settings, body), PROJECT_ROOT)
     return {"name1": name1, "name2": name2}
 
 

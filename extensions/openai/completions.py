@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request, Response
 from extensions.openai import streaming
 from extensions.openai.docs import describe_completion
 from extensions.openai.hooks import modify_state
+from extensions.openai.leases import depend_on_lease
 from extensions.openai.logprobs import ReadLogprobs, make_text_reader, read_none
 from extensions.openai.responses import (
     Envelope,
@@ -34,23 +35,28 @@ from extensions.openai.usage import UsageCounter
 from modules.context import Context
 from modules.extended_generation import generate, modify_output
 from modules.loaded_model import LoadedModel
+from modules.models import ModelLease
 from modules.settings import PROJECT_ROOT
 from modules.text_generation import TextDelta, TextRequest
 
 
 def add_routes(router: APIRouter, context: Context) -> None:
+    leased = depend_on_lease(context)
+
     @router.post("/v1/completions", tags=["Completions"], responses=describe_completion())
-    async def create_completion(request: Request, body: CompletionRequest) -> Response:
+    async def create_completion(
+        request: Request, body: CompletionRequest, lease: ModelLease = leased
+    ) -> Response:
         """Continue a text, or several. With `stream`, as server-sent events."""
-        answer = await answer_completion(context, body)
+        answer = await answer_completion(context, lease, body)
         return await streaming.send(answer, request, body, context.settings)
 
 
 async def answer_completion(
-    context: Context, body: CompletionRequest, is_background: bool = False
+    context: Context, lease: ModelLease, body: CompletionRequest, is_background: bool = False
 ) -> Answer:
-    """Raises what `generate` raises, and NoModelLoadedError."""
-    model = context.models.current
+    """Raises what `ModelLease.get` and `generate` raise."""
+    model = await lease.get(body.model, body.lora)
     # In a thread: a file may have to be read, and the first search for tokens takes a while.
     body = await asyncio.to_thread(fill_from_preset, body, PROJECT_ROOT)
     body, state = await modify_state(context.extensions, body, model)

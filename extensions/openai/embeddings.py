@@ -89,8 +89,8 @@ async def _decode(
     context: Context, ids: Sequence[tuple[int, ...]], model: str
 ) -> Sequence[str] | None:
     """None if they are of neither the loaded model nor one of OpenAI's."""
-    if context.models.is_loaded and context.models.current.name == model:
-        loaded = context.models.current
+    loaded = context.models.find(model)
+    if loaded is not None:
         for item in ids:
             loaded.check_token_ids(item, "input")
         return await asyncio.to_thread(lambda: [loaded.decode(item, True) for item in ids])

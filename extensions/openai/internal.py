@@ -14,10 +14,10 @@ def add_routes(router: APIRouter, context: Context) -> None:
     @router.get("/v1/internal/health", tags=["Internal"], responses={200: {"model": Health}})
     async def get_health() -> Response:
         """Whether the server can answer: an error when its engine has died; model may be null."""
-        model = context.models.current if context.models.is_loaded else None
-        if model is not None:
+        for model in context.models.loaded:
             model.engine.check_health()
-        return JSONResponse({"status": "ok", "model": model.name if model else None})
+        name = context.models.current.name if context.models.is_loaded else None
+        return JSONResponse({"status": "ok", "model": name})
 
     @router.get("/v1/internal/model/info", tags=["Internal"], responses={200: {"model": ModelInfo}})
     async def get_model_info() -> Response:
@@ -29,7 +29,7 @@ def add_routes(router: APIRouter, context: Context) -> None:
         return JSONResponse(
             {
                 "model_name": model.name,
-                "lora_names": [],
+                "lora_names": model.adapters.names,
                 "chat_template": {
                     "name": template.name,
                     "source": template.source,
@@ -41,8 +41,8 @@ def add_routes(router: APIRouter, context: Context) -> None:
     @router.post("/v1/internal/stop-generation", tags=["Internal"])
     async def stop_generation() -> Response:
         """End every generation of every client; each keeps what it has so far."""
-        if context.models.is_loaded:
-            context.models.current.engine.abort_all()
+        for model in context.models.loaded:
+            model.engine.abort_all()
         return JSONResponse("OK")
 
     @router.get("/v1/internal/presets", tags=["Internal"], responses={200: {"model": PresetList}})

@@ -13,6 +13,7 @@ from extensions.openai import streaming
 from extensions.openai.chat_completions import answer_chat
 from extensions.openai.completions import answer_completion
 from extensions.openai.docs import describe_chat, describe_completion
+from extensions.openai.leases import depend_on_lease
 from extensions.openai.models import list_model_ids
 from extensions.openai.responses import Json, build_engine, build_engine_list
 from extensions.openai.streaming import Answer, Chunks
@@ -26,12 +27,15 @@ from extensions.openai.typing import (
     GenerateRequest,
 )
 from modules.context import Context
+from modules.models import ModelLease
 
 TAGS: list[str | Enum] = ["Older programs"]
 ENGINE = "/v1/engines/{engine_id:path}"
 
 
 def add_routes(router: APIRouter, context: Context) -> None:
+    leased = depend_on_lease(context)
+
     @router.get("/v1/engines", tags=TAGS, responses={200: {"model": EngineList}})
     async def list_engines() -> Response:
         """The same models as /v1/models, and which one is loaded."""
@@ -45,22 +49,28 @@ def add_routes(router: APIRouter, context: Context) -> None:
 
     # Before the route of completions, whose engine might else be called `NAME/chat`.
     @router.post(f"{ENGINE}/chat/completions", tags=TAGS, responses=describe_chat())
-    async def create_engine_chat(request: Request, body: ChatCompletionRequest) -> Response:
+    async def create_engine_chat(
+        request: Request, body: ChatCompletionRequest, lease: ModelLease = leased
+    ) -> Response:
         """The same as /v1/chat/completions; the loaded model answers."""
-        answer = await answer_chat(context, body)
+        answer = await answer_chat(context, lease, body)
         return await streaming.send(answer, request, body, context.settings)
 
     @router.post("/v1/text_completion", tags=TAGS, responses=describe_completion())
     @router.post(f"{ENGINE}/completions", tags=TAGS, responses=describe_completion())
-    async def create_engine_completion(request: Request, body: CompletionRequest) -> Response:
+    async def create_engine_completion(
+        request: Request, body: CompletionRequest, lease: ModelLease = leased
+    ) -> Response:
         """The same as /v1/completions; the loaded model answers."""
-        answer = await answer_completion(context, body)
+        answer = await answer_completion(context, lease, body)
         return await streaming.send(answer, request, body, context.settings)
 
     @router.post(f"{ENGINE}/generate", tags=TAGS, responses=describe_completion())
-    async def generate(request: Request, body: GenerateRequest) -> Response:
+    async def generate(
+        request: Request, body: GenerateRequest, lease: ModelLease = leased
+    ) -> Response:
         """A completion, with its choices as `data` too."""
-        answer = _name_data(await answer_completion(context, body))
+        answer = _name_data(await answer_completion(context, lease, body))
         return await streaming.send(answer, request, body, context.settings)
 
     gone: dict[int | str, dict[str, Any]] = {
@@ -81,7 +91,7 @@ def add_routes(router: APIRouter, context: Context) -> None:
 
 
 def _is_ready(context: Context, engine_id: str) -> bool:
-    return context.models.is_loaded and context.models.current.name == engine_id
+    return context.models.find(engine_id) is not None
 
 
 def _name_data(answer: Answer) -> Answer:

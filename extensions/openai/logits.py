@@ -10,6 +10,7 @@ from dataclasses import replace
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
 
+from extensions.openai.leases import depend_on_lease
 from extensions.openai.sampling import (
     fill_from_preset,
     to_negative_prompt,
@@ -22,15 +23,18 @@ from modules.context import Context
 from modules.engine.sampling_params import SamplingParams
 from modules.errors import InvalidRequestError
 from modules.loaded_model import LoadedModel
+from modules.models import ModelLease
 from modules.settings import PROJECT_ROOT
 from modules.text_generation import TextRequest
 
 
 def add_routes(router: APIRouter, context: Context) -> None:
+    leased = depend_on_lease(context)
+
     @router.post("/v1/internal/logits", tags=["Internal"], responses={200: {"model": NextTokens}})
-    async def get_logits(body: LogitsRequest) -> Response:
+    async def get_logits(body: LogitsRequest, lease: ModelLease = leased) -> Response:
         """The likeliest next tokens of a prompt and their probabilities, the likeliest first."""
-        model = context.models.current
+        model = await lease.get(body.model, body.lora)
         body = await asyncio.to_thread(fill_from_preset, body, PROJECT_ROOT)
         if body.top_logits > model.vocab_size:
             message = f"The model has only {model.vocab_size} tokens."

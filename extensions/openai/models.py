@@ -26,6 +26,6 @@ def add_routes(router: APIRouter, context: Context) -> None:
 
 
 def list_model_ids(context: Context) -> list[str]:
-    loaded = [context.models.current.name] if context.models.is_loaded else []
+    loaded = [model.name for model in context.models.loaded]
     names = [*loaded, *context.models.list_names(), *COMPATIBILITY_NAMES]
     return list(dict.fromkeys(names))

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from extensions.openai.chat_hooks import prepare_chat
 from extensions.openai.chat_prompts import open_chat
+from extensions.openai.leases import depend_on_lease
 from extensions.openai.typing import (
     ChatCompletionRequest,
     ChatPrompt,
@@ -29,37 +30,41 @@ from extensions.openai.typing import (
 )
 from modules.context import Context
 from modules.loaded_model import LoadedModel
-from modules.settings import Settings
+from modules.models import ModelLease
 
 
 def add_routes(router: APIRouter, context: Context) -> None:
     """In threads all of them: a long text, or a template that a client sent, may take its time."""
+    leased = depend_on_lease(context)
 
     @router.post("/v1/internal/encode", tags=["Tokens"], responses={200: {"model": EncodedText}})
-    async def encode(body: EncodeRequest) -> Response:
+    async def encode(body: EncodeRequest, lease: ModelLease = leased) -> Response:
         """A text's token ids, with the special tokens that are added to a prompt."""
-        token_ids = await asyncio.to_thread(context.models.current.encode, body.text, True)
+        model = await lease.get(body.model)
+        token_ids = await asyncio.to_thread(model.encode, body.text, True)
         return JSONResponse({"tokens": token_ids, "length": len(token_ids)})
 
     @router.post("/v1/internal/decode", tags=["Tokens"], responses={200: {"model": DecodedText}})
-    async def decode(body: DecodeRequest) -> Response:
+    async def decode(body: DecodeRequest, lease: ModelLease = leased) -> Response:
         """The text of token ids, without special tokens."""
-        return JSONResponse({"text": await _decode(context.models.current, body.tokens, True)})
+        model = await lease.get(body.model)
+        return JSONResponse({"text": await _decode(model, body.tokens, True)})
 
     @router.post(
         "/v1/internal/token-count", tags=["Tokens"], responses={200: {"model": TokenCount}}
     )
-    async def count_tokens(body: EncodeRequest) -> Response:
+    async def count_tokens(body: EncodeRequest, lease: ModelLease = leased) -> Response:
         """How many tokens a text has as a prompt."""
-        token_ids = await asyncio.to_thread(context.models.current.encode, body.text, True)
+        model = await lease.get(body.model)
+        token_ids = await asyncio.to_thread(model.encode, body.text, True)
         return JSONResponse({"length": len(token_ids)})
 
     @router.post(
         "/v1/internal/chat-prompt", tags=["Tokens"], responses={200: {"model": ChatPrompt}}
     )
-    async def get_chat_prompt(body: ChatCompletionRequest) -> Response:
+    async def get_chat_prompt(body: ChatCompletionRequest, lease: ModelLease = leased) -> Response:
         """The prompt that a chat completion makes of the same request."""
-        _, _, prompt = await prepare_chat(context, context.models.current, body)
+        _, _, prompt = await prepare_chat(context, await lease.get(body.model), body)
         return JSONResponse(
             {
                 "prompt": prompt.text,
@@ -69,10 +74,10 @@ def add_routes(router: APIRouter, context: Context) -> None:
         )
 
     @router.post("/tokenize", tags=["Tokens"], responses={200: {"model": TokenizedText}})
-    async def tokenize(body: TokenizeRequest) -> Response:
+    async def tokenize(body: TokenizeRequest, lease: ModelLease = leased) -> Response:
         """The token ids of a prompt, or of messages, as vLLM tells them."""
-        model = context.models.current
-        token_ids = await asyncio.to_thread(_tokenize, context.settings, model, body)
+        model = await lease.get(body.model)
+        token_ids = await asyncio.to_thread(_tokenize, model, body)
         pieces = list(map(model.vocabulary.piece, token_ids)) if body.return_token_strs else None
         return JSONResponse(
             {
@@ -84,9 +89,10 @@ def add_routes(router: APIRouter, context: Context) -> None:
         )
 
     @router.post("/detokenize", tags=["Tokens"], responses={200: {"model": DetokenizedText}})
-    async def detokenize(body: DetokenizeRequest) -> Response:
+    async def detokenize(body: DetokenizeRequest, lease: ModelLease = leased) -> Response:
         """The text of token ids, with special tokens, as vLLM tells it."""
-        return JSONResponse({"prompt": await _decode(context.models.current, body.tokens, False)})
+        model = await lease.get(body.model)
+        return JSONResponse({"prompt": await _decode(model, body.tokens, False)})
 
 
 async def _decode(model: LoadedModel, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
@@ -94,12 +100,12 @@ async def _decode(model: LoadedModel, token_ids: Sequence[int], skip_special_tok
     return await asyncio.to_thread(model.decode, token_ids, skip_special_tokens)
 
 
-def _tokenize(settings: Settings, model: LoadedModel, body: TokenizeRequest) -> tuple[int, ...]:
+def _tokenize(model: LoadedModel, body: TokenizeRequest) -> tuple[int, ...]:
     if body.prompt is not None:
         return model.encode(body.prompt, body.add_special_tokens is not False)
     own = ("messages", "add_generation_prompt")
     fields = body.model_dump(include={*own} & body.model_fields_set) | (body.model_extra or {})
-    conversation = open_chat(settings, model, _to_chat(fields))
+    conversation = open_chat(model, _to_chat(fields))
     prompt = conversation.write(conversation.messages)
     add_special_tokens = body.add_special_tokens
     if add_special_tokens is None:

@@ -558,7 +558,13 @@ class GenerationOptions(SamplingOptions):
 
     model: str | None = Field(
         default=None,
-        description="Name of a model. A name that the server does not know is ignored.",
+        description="Name of a model that is loaded, or can be, see `--model-autoload`. For any "
+        "other name the first one answers. `model:adapter` names an adapter too.",
+    )
+    lora: str | None = Field(
+        default=None,
+        description="Name of the adapter (LoRA) that is to answer; `none`: the model without any. "
+        "Left out: all that are loaded, together.",
     )
     stream: bool = Field(
         default=False, description="Send the answer in pieces, as server-sent events."
@@ -1012,6 +1018,29 @@ class ModelInfo(BaseModel):
     )
 
 
+class LoadAdaptersRequest(WireModel):
+    model_config = _example({"lora_names": ["my-adapter"]})
+
+    lora_names: list[str] = Field(
+        min_length=1, description="Folders in the adapter folder. One that is loaded is read anew."
+    )
+    model: str | None = Field(
+        default=None, description="Name of the loaded model that they are for."
+    )
+
+
+class UnloadAdaptersRequest(WireModel):
+    model_config = _example({})
+
+    model: str | None = Field(
+        default=None, description="Name of the loaded model that shall have none."
+    )
+
+
+class AdapterList(BaseModel):
+    lora_names: list[str] = Field(description="Those in the adapter folder, loaded or not.")
+
+
 class Health(BaseModel):
     status: Literal["ok"]
     model: str | None = Field(description="Name of the loaded model.")
@@ -1026,10 +1055,14 @@ TokenIds = Annotated[
 Length = Annotated[int, Field(description="The number of tokens.")]
 
 
+TokensModel = Annotated[str | None, Field(description="The model whose tokens they are.")]
+
+
 class EncodeRequest(WireModel):
     model_config = _example({"text": "Hello!"})
 
     text: str = Field(description="What to cut into tokens, special ones added.")
+    model: TokensModel = None
 
 
 class EncodedText(BaseModel):
@@ -1045,6 +1078,7 @@ class DecodeRequest(WireModel):
     model_config = _example({"tokens": [19556, 17]})
 
     tokens: TokenIds
+    model: TokensModel = None
 
 
 class DecodedText(BaseModel):
@@ -1064,6 +1098,7 @@ class TokenizeRequest(WireModel):
 
     prompt: str | None = Field(default=None, description="What to cut into tokens.")
     messages: MessageList | None = Field(default=None, description="A conversation instead.")
+    model: TokensModel = None
     add_special_tokens: bool | None = Field(
         default=None,
         description="Add those that the tokenizer adds. null: with `prompt`, and where the "

@@ -341,14 +341,14 @@ def test_code_is_fetched_only_to_be_run(
 def test_loads_lists_and_unloads(model_dir: Path, tiny: Path, no_threads_left: None) -> None:
     manager = ModelManager(make_settings(model_dir, dtype="float32"))
     assert not manager.is_loaded
-    model = manager.load("tiny")
+    model = asyncio.run(manager.load("tiny"))
     assert manager.current is model
     assert manager.list_names() == ["tiny"]
     assert (model.name, model.vocab_size, model.max_model_len) == ("tiny", 300, 512)
     assert (model.device, model.dtype) == ("cpu", "float32")
     assert "inference" in {thread.name for thread in threading.enumerate()}
-    manager.unload()
-    manager.unload()
+    manager.close()
+    manager.close()
     assert not manager.is_loaded
 
 
@@ -366,8 +366,8 @@ def test_integers_where_the_cpu_has_instructions_for_it_or_if_asked(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: has_instructions)
     manager = ModelManager(make_settings(model_dir, dtype=dtype))
-    assert manager.load("tiny").dtype == expected
-    manager.unload()
+    assert asyncio.run(manager.load("tiny")).dtype == expected
+    manager.close()
 
 
 @pytest.mark.parametrize(
@@ -412,16 +412,16 @@ def test_integers_for_layers_that_are_not_known(model_dir: Path, dtype) -> None:
     save(model_dir / "gemma", build_model("gemma2-softcap-sliding"))
     manager = ModelManager(make_settings(model_dir, dtype=dtype))
     with pytest.raises(ModelLoadError, match=f"{dtype}: its layers are not known"):
-        manager.load("gemma")
+        asyncio.run(manager.load("gemma"))
     manager = ModelManager(make_settings(model_dir))
-    assert manager.load("gemma").dtype == "float32"
-    manager.unload()
+    assert asyncio.run(manager.load("gemma")).dtype == "float32"
+    manager.close()
 
 
 def test_special_tokens_are_a_matter_of_choice(model_dir: Path, tiny: Path) -> None:
     manager = ModelManager(make_settings(model_dir))
-    model = manager.load("tiny")
-    manager.unload()
+    model = asyncio.run(manager.load("tiny"))
+    manager.close()
     ids = model.encode("hi ,<|im_end|>", add_special_tokens=False)
     assert ids == (*b"hi ,", 258)
     assert model.decode(ids, skip_special_tokens=True) == "hi ,"
@@ -434,8 +434,8 @@ def test_a_long_prompt_is_nothing_to_warn_of(
     path = tiny / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": 8}))
     manager = ModelManager(make_settings(model_dir))
-    model = manager.load("tiny")
-    manager.unload()
+    model = asyncio.run(manager.load("tiny"))
+    manager.close()
     with caplog.at_level(logging.WARNING):
         logging.getLogger("transformers").addHandler(caplog.handler)
         assert len(model.encode("a" * 1000, add_special_tokens=False)) == 1000
@@ -557,13 +557,13 @@ def test_a_damaged_gguf_file_is_one_line(model_dir: Path, no_threads_left: None)
 
 def test_a_failing_load_leaves_the_old_model(model_dir: Path, tiny: Path) -> None:
     manager = ModelManager(make_settings(model_dir))
-    model = manager.load("tiny")
+    model = asyncio.run(manager.load("tiny"))
     truncate(tiny / "model.safetensors")
     with pytest.raises(ModelLoadError):
-        manager.load("tiny")
+        asyncio.run(manager.load("tiny"))
     assert manager.current is model
     model.engine.check_health()
-    manager.unload()
+    manager.close()
 
 
 def test_a_wrong_template_leaves_no_thread(
@@ -597,8 +597,8 @@ def test_the_context_is_what_fits_into_memory(
     manager = ModelManager(
         make_settings(model_dir, kv_cache_memory=memory_for(200), dtype="float32")
     )
-    assert manager.load("tiny").max_model_len == 200
-    manager.unload()
+    assert asyncio.run(manager.load("tiny")).max_model_len == 200
+    manager.close()
     assert "context limited to 200 of 512 tokens by memory" in caplog.text
 
 
@@ -617,12 +617,12 @@ def test_settings_say_whether_messages_spell_special_tokens(
     model_dir: Path, tiny: Path, no_threads_left: None, allowed: bool
 ) -> None:
     manager = ModelManager(make_settings(model_dir, special_tokens_in_messages=allowed))
-    model = manager.load("tiny")
+    model = asyncio.run(manager.load("tiny"))
     eos = model.tokenizer.eos_token
     text, marks = unmark(model.prompt_encoder.choose_marker("").mark(eos))
     ids = model.prompt_encoder.encode(text, marks)
     assert (ids == (model.tokenizer.eos_token_id,)) is allowed
-    manager.unload()
+    manager.close()
 
 
 @pytest.mark.parametrize(("asked", "expected"), [(100, 100), (5000, 512)])
@@ -630,8 +630,8 @@ def test_the_models_own_limit_holds(
     model_dir: Path, tiny: Path, asked: int, expected: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     manager = ModelManager(make_settings(model_dir, max_model_len=asked))
-    assert manager.load("tiny").max_model_len == expected
-    manager.unload()
+    assert asyncio.run(manager.load("tiny")).max_model_len == expected
+    manager.close()
     assert "context limited" not in caplog.text
 
 
@@ -806,7 +806,7 @@ def test_a_model_that_cannot_be_batched_answers_all_the_same(
     save(model_dir / "odd", build())
     manager = ModelManager(make_settings(model_dir))
     with caplog.at_level(logging.WARNING):
-        model = manager.load("odd")
+        model = asyncio.run(manager.load("odd"))
     (warning,) = [r for r in caplog.records if r.name == "modules.model_loading"]
     assert warning.getMessage().startswith("odd: This kind of model")
     assert warning.getMessage().endswith("exchanged. Requests run one at a time.")
@@ -817,7 +817,7 @@ def test_a_model_that_cannot_be_batched_answers_all_the_same(
     together, num_pieces = ask(model, *prompts, seed=5)
     assert num_pieces > 2 * len(prompts)
     assert together == [ask(model, prompt, seed=5)[0][0] for prompt in prompts]
-    manager.unload()
+    manager.close()
 
 
 def test_int8_is_only_for_what_is_batched(model_dir: Path, no_threads_left: None) -> None:
@@ -831,8 +831,8 @@ def test_without_a_limit_of_its_own_a_model_has_the_context_that_is_asked_for(
 ) -> None:
     save(model_dir / "mamba", build_mamba())
     manager = ModelManager(make_settings(model_dir, max_model_len=5000))
-    assert manager.load("mamba").max_model_len == 5000
-    manager.unload()
+    assert asyncio.run(manager.load("mamba")).max_model_len == 5000
+    manager.close()
 
 
 def test_trying_a_model_leaves_the_tokens_that_end_its_replies() -> None:

@@ -134,7 +134,7 @@ def test_null_in_the_file_is_the_default(load: Load) -> None:
 
 
 def test_empty_flag_takes_back_what_the_file_says(load: Load) -> None:
-    assert load("--model", "", text="model: a").model is None
+    assert load("--model", "", text="model: a").model == ()
 
 
 @pytest.mark.parametrize(
