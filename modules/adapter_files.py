@@ -106,9 +106,8 @@ def _find_features(config: LoraConfig) -> list[str]:
 
 def _refuse_features(folder: Path, names: list[str]) -> None:
     if names:
-        raise ModelLoadError(
-            f"The adapter {folder.name} uses {', '.join(names)}, which this server does not support."
-        )
+        used = ", ".join(names)
+        raise ModelLoadError(f"The adapter {folder.name} uses {used}: that is not supported.")
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""/v1/internal/lora/*: which adapters (LoRA) there are, and which ones a model has. For the admin."""
+"""/v1/internal/lora/*: which adapters (LoRA) there are, and which a model has. For the admin."""
 
 import asyncio
 

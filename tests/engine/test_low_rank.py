@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from transformers import PreTrainedModel
 from modules.adapter_files import read_adapter
 from modules.engine.engine import Engine, EngineConfig
 from modules.engine.fused_layers import quantize_model
-from modules.engine.low_rank import Adapter
 from modules.engine.sequence import SequenceRequest
 from tests.adapters import save_adapter
 from tests.engine.conftest import build_model, request, run, token_ids
