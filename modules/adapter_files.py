@@ -135,8 +135,8 @@ def _to_updates(folder: Path, config: LoraConfig, weights: dict[str, Tensor]) ->
         match = _KEY.fullmatch(key)
         if match is None:
             raise ModelLoadError(
-                f"The adapter {folder.name} changes {key.removeprefix('base_model.model.')}, which "
-                "this server does not support: it has to be trained on linear layers only."
+                f"The adapter {folder.name} changes {key.removeprefix('base_model.model.')}: only "
+                "low-rank updates of linear layers between embeddings and head are supported."
             )
         pairs.setdefault(match["path"], {})[match["part"]] = weight
     if not pairs:
