@@ -98,7 +98,8 @@ def load_library(options: argparse.Namespace) -> Any:
     """sentence-transformers as it comes: torch chooses its threads."""
     from sentence_transformers import SentenceTransformer
 
-    from modules.model_files import ModelKind, find_model
+    from modules.model_files import find_model
+    from modules.model_kinds import ModelKind
     from modules.settings import load_settings
 
     found = find_model(options.embedding_model, load_settings([], {}), ModelKind.EMBEDDING)

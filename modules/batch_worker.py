@@ -66,6 +66,10 @@ class BatchWorker(Generic[Input]):
         self._threads: list[threading.Thread] = []
         self._is_closed = False
 
+    @property
+    def is_loaded(self) -> bool:
+        return self._model is not None
+
     async def run(self, inputs: Sequence[Input], *, is_background: bool = False) -> Computed:
         """Compute a row for each input. What is in the background waits for all that is not.
 

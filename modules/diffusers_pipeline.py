@@ -66,9 +66,15 @@ SAMPLERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 
 class DiffusersPipeline:
     def __init__(self, folder: Path, is_on_cpu: bool) -> None:
+        self._folder = folder
         self._worker = Worker("images", lambda: _Pipelines(folder, is_on_cpu))
         self._checks = Worker("image checks", lambda: None)
         self._pipelines: _Pipelines | None = None
+
+    @property
+    def loaded_name(self) -> str | None:
+        """Of the folder, once it is in memory."""
+        return self._folder.name if self._worker.resource else None
 
     async def prepare(self) -> Size:
         return (await self._get_pipelines()).size

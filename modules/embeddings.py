@@ -40,6 +40,11 @@ class Embedder:
         computed = await self._worker.run(texts, is_background=is_background)
         return Embedded(computed.rows, computed.num_tokens, computed.num_truncated, self._name)
 
+    @property
+    def loaded_name(self) -> str | None:
+        """Of the model, once it is in memory."""
+        return self._name if self._worker.is_loaded else None
+
     def is_called(self, name: str) -> bool:
         """Whether a client who says so means this model; its owner's name may be left out."""
         wished = self._settings.embedding_model

@@ -1,13 +1,12 @@
 """Turns a .gguf file into a folder that transformers' `from_pretrained` loads, once per file.
 
-Reads the file format and drives transformers' mapping of names and weights; what the tokenizer is
-like is `gguf_tokenizers`' business, and who loads the folder, or when, is not known here.
+Drives transformers' mapping of names and weights. What is in the file is `gguf_file`'s business,
+what the tokenizer is like that of `gguf_tokenizers`; who loads the folder is not known here.
 """
 
 import copy
 import json
 import logging
-import mmap
 import re
 import shutil
 import struct
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import gguf
 import numpy as np
@@ -49,6 +48,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from modules.conversions import convert_once, to_folder_name
 from modules.errors import ModelLoadError
+from modules.gguf_file import GgufFile, TensorInfo
 from modules.gguf_tokenizers import build_tokenizer, end_token_ids, token_id
 
 logger = logging.getLogger(__name__)
@@ -122,179 +122,32 @@ def _write(folder: Path, path: Path, on_progress: Callable[[str], None]) -> None
     tokenizer.save_pretrained(folder)
 
 
-def _require_space(folder: Path, file: "GgufFile") -> None:
+def _require_space(folder: Path, file: GgufFile) -> None:
     num_weights = sum(prod(tensor.shape) for tensor in file.tensors)
-    needed = num_weights * file.dtype.itemsize
+    needed = num_weights * _dtype(file).itemsize
     free = shutil.disk_usage(folder).free
     if needed > free:
         sizes = f"{needed >> 20} MiB, and {free >> 20} MiB are free in {folder}"
         raise ModelLoadError(f"its weights take {sizes} once they are converted")
 
 
-# --- The file ---------------------------------------------------------------------------------
-
-
-class TensorInfo(NamedTuple):
-    name: str
-    shape: tuple[int, ...]  # outermost dimension first, as in torch
-    kind: gguf.GGMLQuantizationType
-    start: int  # bytes from the beginning of the file
-    num_bytes: int
-
-
-class GgufFile:
-    """The header of a GGUF file (version 2 or 3, little-endian), and access to its tensors.
-
-    Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
-
-    Raises ModelLoadError if it is no such file, or shorter than its header says.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        with path.open("rb") as stream:
-            if stream.read(4) != b"GGUF":
-                raise ModelLoadError("it is not a GGUF file")
-            self._data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        cursor = _Cursor(self._data, 4)
-        self.version, num_tensors, num_fields = cursor.unpack("<IQQ")
-        if self.version not in (2, 3):
-            raise ModelLoadError(f"GGUF version {self.version} is not supported")
-        self.metadata: dict[str, Any] = {}
-        self.fields: dict[str, bytes] = {}  # as they stand in the file: key, type and value
-        for _ in range(num_fields):
-            start, key = cursor.position, cursor.string()
-            self.metadata[key] = cursor.value()
-            self.fields[key] = self._data[start : cursor.position]
-        entries = [self._tensor_entry(cursor) for _ in range(num_tensors)]
-        self.tensors = self._placed(entries, cursor.position)
-        self._check()
-
-    @property
-    def architecture(self) -> str:
-        return str(self.metadata["general.architecture"])
-
-    @property
-    def half_type(self) -> torch.dtype | None:
-        """The 16-bit float type that occurs in the file, if any."""
-        kinds = {tensor.kind for tensor in self.tensors}
-        return next((dtype for kind, dtype in _HALF_TYPES.items() if kind in kinds), None)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The smallest type that is fit for the whole model."""
-        is_quantized = any(tensor.kind not in _FLOAT_TYPES for tensor in self.tensors)
-        return torch.float32 if is_quantized else self.half_type or torch.float32
-
-    def values(self, tensor: TensorInfo) -> np.ndarray:
-        """The tensor as float32, of its shape."""
-        raw = np.frombuffer(self._data, np.uint8, tensor.num_bytes, tensor.start)
-        rows = raw.reshape(*tensor.shape[:-1], -1) if tensor.shape else raw
-        values = gguf.dequantize(rows, tensor.kind).reshape(tensor.shape)
-        return np.require(values, requirements=["C", "W"])
-
-    def find(self, name: str) -> TensorInfo | None:
-        return next((tensor for tensor in self.tensors if tensor.name == name), None)
-
-    def _tensor_entry(self, cursor: "_Cursor") -> tuple[str, tuple[int, ...], int, int]:
-        name = cursor.string()
-        (num_dimensions,) = cursor.unpack("<I")
-        if num_dimensions > 8:
-            raise ModelLoadError("it is damaged: a tensor has too many dimensions")
-        shape = cursor.unpack(f"<{num_dimensions}Q")
-        kind, offset = cursor.unpack("<IQ")
-        return name, tuple(reversed(shape)), kind, offset
-
-    def _placed(
-        self, entries: list[tuple[str, tuple[int, ...], int, int]], header_end: int
-    ) -> list[TensorInfo]:
-        alignment = self.metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
-        data_start = -(-header_end // alignment) * alignment
-        tensors = []
-        for name, shape, number, offset in entries:
-            kind = gguf.GGMLQuantizationType(number)
-            block_size, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-            num_bytes = prod(shape) // block_size * block_bytes
-            tensors.append(TensorInfo(name, shape, kind, data_start + offset, num_bytes))
-        return tensors
-
-    def _check(self) -> None:
-        if "general.architecture" not in self.metadata:
-            raise ModelLoadError("it does not say of which architecture it is")
-        if self.metadata.get("split.count", 1) > 1:
-            raise ModelLoadError(
-                "it is one part of a model that was split into several files; "
-                "join them with llama.cpp's `llama-gguf-split --merge`"
-            )
-        if any(tensor.start + tensor.num_bytes > len(self._data) for tensor in self.tensors):
-            raise ModelLoadError("it is incomplete: the file ends before its last tensor")
-        if self.metadata.get(f"{self.architecture}.block_count", 0) > len(self.tensors):
-            raise ModelLoadError("it is damaged: it has fewer tensors than blocks of layers")
-
-
-class _Cursor:
-    """Reads values one after the other, and never past the end."""
-
-    def __init__(self, data: mmap.mmap, position: int) -> None:
-        self._data = data
-        self.position = position
-
-    def unpack(self, layout: str) -> tuple[Any, ...]:
-        start = self._skip(struct.calcsize(layout))
-        return struct.unpack_from(layout, self._data, start)
-
-    def string(self) -> str:
-        (length,) = self.unpack("<Q")
-        start = self._skip(length)
-        return self._data[start : self.position].decode()
-
-    def value(self) -> Any:
-        (kind,) = self.unpack("<I")
-        return self._value_of(kind)
-
-    def _value_of(self, kind: int) -> Any:
-        if kind == gguf.GGUFValueType.STRING:
-            return self.string()
-        if kind == gguf.GGUFValueType.ARRAY:
-            kind, count = self.unpack("<IQ")
-            if kind in _SCALARS:
-                dtype = np.dtype(f"<{_SCALARS[kind]}")
-                start = self._skip(count * dtype.itemsize)
-                return np.frombuffer(self._data, dtype, count, start).tolist()
-            return [self._value_of(kind) for _ in range(count)]
-        if kind not in _SCALARS:
-            raise ModelLoadError(f"it is damaged: there is no type of value with number {kind}")
-        return self.unpack(f"<{_SCALARS[kind]}")[0]
-
-    def _skip(self, length: int) -> int:
-        """Move on by `length` bytes; where they start."""
-        start = self.position
-        self.position += length
-        if self.position > len(self._data):
-            raise ModelLoadError("it is incomplete: the file ends within its header")
-        return start
-
-
-# Both struct and numpy understand these letters, after a `<`.
-_SCALARS: dict[int, str] = {
-    gguf.GGUFValueType.UINT8: "B",
-    gguf.GGUFValueType.INT8: "b",
-    gguf.GGUFValueType.UINT16: "H",
-    gguf.GGUFValueType.INT16: "h",
-    gguf.GGUFValueType.UINT32: "I",
-    gguf.GGUFValueType.INT32: "i",
-    gguf.GGUFValueType.FLOAT32: "f",
-    gguf.GGUFValueType.BOOL: "?",
-    gguf.GGUFValueType.UINT64: "Q",
-    gguf.GGUFValueType.INT64: "q",
-    gguf.GGUFValueType.FLOAT64: "d",
-}
-
 _HALF_TYPES = {
     gguf.GGMLQuantizationType.BF16: torch.bfloat16,
     gguf.GGMLQuantizationType.F16: torch.float16,
 }
 _FLOAT_TYPES = {gguf.GGMLQuantizationType.F32, *_HALF_TYPES}
+
+
+def _half_type(file: GgufFile) -> torch.dtype | None:
+    """The 16-bit float type that occurs in the file, if any."""
+    kinds = {tensor.kind for tensor in file.tensors}
+    return next((dtype for kind, dtype in _HALF_TYPES.items() if kind in kinds), None)
+
+
+def _dtype(file: GgufFile) -> torch.dtype:
+    """The smallest type that is fit for the whole model."""
+    is_quantized = any(tensor.kind not in _FLOAT_TYPES for tensor in file.tensors)
+    return torch.float32 if is_quantized else _half_type(file) or torch.float32
 
 
 # --- The model --------------------------------------------------------------------------------
@@ -310,7 +163,7 @@ def _build_skeleton(file: GgufFile, scratch: Path) -> tuple[PreTrainedModel, Set
     with torch.device("meta"):
         model: PreTrainedModel = family.from_config(config)  # type: ignore[no-untyped-call]
     model.config.architectures = [type(model).__name__]
-    model.config.dtype = file.dtype
+    model.config.dtype = _dtype(file)
     return model, settings
 
 
@@ -442,7 +295,7 @@ def _parameters(
     """All weights of the model by its own names, a block's worth of them in memory at a time."""
     source = _transformed if is_gguf_arch_supported(file.architecture) else _processed
     expected = _expected_shapes(model)
-    half_type = file.half_type
+    half_type = _half_type(file)
     for name, tensor in source(file, model, settings):
         if name not in expected:
             continue

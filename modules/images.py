@@ -59,6 +59,12 @@ class Images:
         self._places: WeakSet[_Place] = WeakSet()
         self._is_closed = False
 
+    @property
+    def loaded_name(self) -> str | None:
+        """Of the pipeline, once it is in memory; None too where a web UI makes the images."""
+        backend = self._backend
+        return backend.loaded_name if isinstance(backend, DiffusersPipeline) else None
+
     async def generate(self, options: ImageOptions) -> ImageEvents:
         with self._take_place() as place:
             backend, auto_size = await self._prepare()

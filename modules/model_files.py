@@ -1,58 +1,22 @@
 """Which models there are, and where: in a folder, a bundled package, the hub's cache or the hub.
 
-Finds and downloads; what is in the files is `models.py`' business.
+Finds and lists; what kind a model is of is `model_kinds`' business, and the hub is `hub`'s.
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib.util
-import json
+import os
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
-from enum import Enum, auto
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import huggingface_hub
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    RepositoryNotFoundError,
-)
-
-from modules.errors import ModelLoadError, ModelNotFoundError
+from modules import hub
+from modules.errors import DownloadError, ModelLoadError, ModelNotFoundError
+from modules.model_kinds import MODEL_FILES, PIPELINE_FILE, ModelFacts, ModelKind, describe
 from modules.settings import Settings
-
-# What the hub's repositories hold that transformers can load, and what it needs beside the weights.
-HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
-TOKENIZER_PATTERNS = ("tokenizer.json", "*.model", "vocab.*")
-# What makes a folder a model. The second one is sentence-transformers', and lists its parts, of
-# which some are in folders of their own.
-MODEL_FILES = ("config.json", "modules.json")
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-# The first base is that of the hub's HTTP library, which changes its name between versions.
-_HUB_FAULTS: tuple[type[BaseException], ...] = (
-    *HfHubHTTPError.__bases__,
-    EntryNotFoundError,
-    OSError,
-    RuntimeError,
-    ValueError,
-)
-
-
-class ModelKind(Enum):
-    """What a model makes."""
-
-    TEXT = auto()
-    EMBEDDING = auto()
-    SCORE = auto()
-    """Of two texts: a cross-encoder."""
-    CLASSIFICATION = auto()
-    TRANSCRIPTION = auto()
-    VOICE = auto()
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,20 +49,60 @@ class FoundModel:
     """A folder in transformers' format or a .gguf file."""
 
 
-def list_models(model_dir: Path, kind: ModelKind = ModelKind.TEXT) -> list[str]:
-    """Names of the bundled models that are installed, and of what `model_dir` holds.
+@dataclass(frozen=True, slots=True)
+class ModelEntry:
+    """A model on this machine, as it is listed."""
 
-    There a folder in transformers' format is a model, of whichever kind, as are a .gguf file
-    (without its suffix) and a folder with one of them. Several in one folder are several models:
-    `folder/file`.
+    name: str
+    path: Path
+    """A folder or a file."""
+    size: int
+    """Of all its files, in bytes."""
+    modified: int
+    """When the newest of them was changed, in seconds since 1970."""
+    kind: ModelKind
+    format: str
+    context_length: int | None = None
+    """See ModelFacts."""
+    accepts_images: bool = False
+
+
+def list_entries(settings: Settings) -> list[ModelEntry]:
+    """Models of all kinds, sorted by name: bundled ones that are installed, those in the model
+    folder, voices and the pipeline for images. Only small files are read.
+
+    In the model folder a folder in transformers' format is a model, as are a .gguf file (without
+    its suffix) and a folder with one. Several in one folder are several models: `folder/file`. What
+    is damaged is listed without details; what nothing here can use, such as a LoRA, is left out.
     """
-    names = {name for name in _bundled_names(kind) if find_bundled(name, kind)}
-    for path in model_dir.iterdir() if model_dir.is_dir() else ():
-        if path.suffix == ".gguf" and path.is_file():
-            names.add(path.stem)
-        elif path.is_dir() and not path.name.startswith("."):
-            names |= _names_in(path)
-    return sorted(names, key=str.lower)
+    places = {
+        **_bundled_paths(),
+        **dict(_paths_in(settings.model_dir)),
+        **list_voice_files(settings.voice_dir),
+    }
+    if settings.image_model is not None:
+        places.setdefault(settings.image_model.name, settings.image_model)
+    return _to_entries(places)
+
+
+def list_models(model_dir: Path, kind: ModelKind = ModelKind.TEXT) -> list[str]:
+    """Names of the bundled models that are installed, and of those in `model_dir`, see above."""
+    entries = _to_entries({**_bundled_paths(), **dict(_paths_in(model_dir))})
+    return [entry.name for entry in entries if entry.kind is kind]
+
+
+def list_voice_files(voice_dir: Path) -> dict[str, Path]:
+    """Voices by name: each file needs its configuration beside it."""
+    files = sorted(voice_dir.glob("*.onnx")) if voice_dir.is_dir() else []
+    return {path.stem: path for path in files if path.with_name(f"{path.name}.json").is_file()}
+
+
+def find_entry(name: str, settings: Settings, kind: ModelKind) -> ModelEntry | None:
+    """What `find_model` would find on this machine, as a model of that kind."""
+    if found := _find_here(name, settings, kind):
+        facts = describe(found.path) or ModelFacts(kind, "transformers")
+        return _to_entry(found.name, found.path, replace(facts, kind=kind))
+    return None
 
 
 def find_model(name: str, settings: Settings, kind: ModelKind = ModelKind.TEXT) -> FoundModel:
@@ -110,15 +114,9 @@ def find_model(name: str, settings: Settings, kind: ModelKind = ModelKind.TEXT) 
     Raises: ModelNotFoundError, which says where it was looked for; ModelLoadError if what has that
     name is no model.
     """
-    finders: tuple[Callable[[str], FoundModel | None], ...] = (
-        lambda name: _find_local(name, settings.model_dir),
-        lambda name: _to_found(name, find_bundled(name, kind)),
-        lambda name: _find_in_hub_cache(name, settings),
-    )
+    if found := _find_here(name, settings, kind):
+        return found
     for candidate in _spellings(name, settings, kind):
-        for find in finders:
-            if found := find(candidate):
-                return found
         if candidate in _bundled_names(kind):
             raise ModelNotFoundError(f"{candidate} is not installed. {how_to_get_bundled()}")
     _refuse_folder(name, settings.model_dir)
@@ -126,13 +124,31 @@ def find_model(name: str, settings: Settings, kind: ModelKind = ModelKind.TEXT) 
         raise ModelNotFoundError(f"There is no file or folder {name}.")
     hub_name = f"{HUB_OWNERS[kind]}/{name}" if kind in HUB_OWNERS and "/" not in name else name
     if re.fullmatch(r"[\w.-]+/[\w.-]+", hub_name) and not name.endswith(".gguf"):
-        return _download(hub_name, settings, kind)
+        try:
+            return FoundModel(hub_name, hub.fetch(hub_name, settings))
+        except DownloadError as error:
+            reason = f"not bundled, not in the local hub cache, and {error}"
+            raise _not_found(hub_name, settings, reason, kind) from error
     raise _not_found(name, settings, "not bundled, and not in the local hub cache", kind)
+
+
+def _find_here(name: str, settings: Settings, kind: ModelKind) -> FoundModel | None:
+    """Without asking the hub."""
+    finders: tuple[Callable[[str], FoundModel | None], ...] = (
+        lambda name: _find_local(name, settings.model_dir),
+        lambda name: _to_found(name, find_bundled(name, kind)),
+        lambda name: _to_found(name, hub.find_in_cache(name, settings)),
+    )
+    for candidate in _spellings(name, settings, kind):
+        for find in finders:
+            if found := find(candidate):
+                return found
+    return None
 
 
 def _spellings(name: str, settings: Settings, kind: ModelKind) -> tuple[str, ...]:
     """What a model of that name may be called, the likeliest first."""
-    listed = (*list_models(settings.model_dir, kind), *_bundled_names(kind))
+    listed = (*dict(_paths_in(settings.model_dir)), *_bundled_names(kind))
     known = {each.lower(): each for each in listed}
     names = [name, known.get(name.lower(), name)]
     if owner := HUB_OWNERS.get(kind):
@@ -168,10 +184,56 @@ def _model_at(path: Path) -> Path | None:
     return files[0] if len(files) == 1 else None
 
 
-def _names_in(folder: Path) -> set[str]:
-    if _model_at(folder):
-        return {folder.name}
-    return {f"{folder.name}/{file.stem}" for file in _gguf_files(folder)}
+def _paths_in(model_dir: Path) -> Iterator[tuple[str, Path]]:
+    """Names and places of what might be models, whatever kind they are of."""
+    for path in sorted(model_dir.iterdir()) if model_dir.is_dir() else ():
+        if path.suffix == ".gguf" and path.is_file():
+            yield path.stem, path
+        elif path.is_dir() and not path.name.startswith("."):
+            yield from _paths_of(path)
+
+
+def _paths_of(folder: Path) -> Iterator[tuple[str, Path]]:
+    files = (*MODEL_FILES, PIPELINE_FILE, "model.bin")
+    if any((folder / name).is_file() for name in files):
+        yield folder.name, folder
+        return
+    ggufs = _gguf_files(folder)
+    for file in ggufs:
+        yield folder.name if len(ggufs) == 1 else f"{folder.name}/{file.stem}", file
+
+
+def _to_entries(places: Mapping[str, Path]) -> list[ModelEntry]:
+    described = ((name, path, describe(path)) for name, path in places.items())
+    entries = [_to_entry(name, path, facts) for name, path, facts in described if facts]
+    return sorted(entries, key=lambda entry: entry.name.lower())
+
+
+def _to_entry(name: str, path: Path, facts: ModelFacts) -> ModelEntry:
+    size, modified = _measure(path)
+    return ModelEntry(
+        name,
+        path,
+        size,
+        modified,
+        facts.kind,
+        facts.format,
+        facts.context_length,
+        facts.accepts_images,
+    )
+
+
+def _measure(path: Path) -> tuple[int, int]:
+    """Bytes, and the time of the last change, of a file or all files of a folder."""
+    files = (Path(root, name) for root, _, names in os.walk(path) for name in names)
+    size = modified = 0
+    for file in [path] if path.is_file() else files:
+        try:
+            stat = file.stat()
+        except OSError:  # just gone, or a link to nothing
+            continue
+        size, modified = size + stat.st_size, max(modified, int(stat.st_mtime))
+    return size, modified
 
 
 def _gguf_files(folder: Path) -> list[Path]:
@@ -206,6 +268,12 @@ def find_bundled(name: str, kind: ModelKind = ModelKind.TEXT) -> Path | None:
     return path if path.exists() else None
 
 
+def _bundled_paths() -> dict[str, Path]:
+    """Of those that are installed."""
+    found = {name: find_bundled(name, model.kind) for name, model in BUNDLED_MODELS.items()}
+    return {name: path for name, path in found.items() if path}
+
+
 def _bundled_names(kind: ModelKind) -> list[str]:
     """Installed or not."""
     return [name for name, model in BUNDLED_MODELS.items() if model.kind is kind]
@@ -220,101 +288,3 @@ def _not_found(name: str, settings: Settings, reason: str, kind: ModelKind) -> M
         f"There is no model {name}: not in {settings.model_dir}, {reason}.{hint} "
         f"Models on this machine: {', '.join(names) or 'none'}."
     )
-
-
-# The hub
-
-
-def _find_in_hub_cache(name: str, settings: Settings) -> FoundModel | None:
-    try:
-        files = [huggingface_hub.try_to_load_from_cache(name, each) for each in MODEL_FILES]
-    except ValueError:  # no name that the hub could have
-        return None
-    for file in files:
-        if isinstance(file, str) and _is_complete(Path(file).parent, settings):
-            return FoundModel(name, Path(file).parent)
-    return None
-
-
-def _download(name: str, settings: Settings, kind: ModelKind) -> FoundModel:
-    """What is there already of an interrupted download is not fetched again."""
-    # Code is only fetched to be run.
-    patterns = [*HUB_PATTERNS, *(["*.py"] if settings.trust_remote_code else [])]
-    try:
-        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
-    except _HUB_FAULTS as error:
-        reason = f"not bundled, not in the local hub cache, and {_hub_reason(error)}"
-        raise _not_found(name, settings, reason, kind) from error
-    if not _is_complete(folder, settings):
-        # Where the hub cannot be reached, it hands out what it has.
-        raise ModelLoadError(
-            f"{name} is incomplete in {folder}: a model needs config.json, a tokenizer and weights "
-            "(*.safetensors). Either the hub has no more of it, or it cannot be reached to get "
-            "the rest."
-        )
-    return FoundModel(name, folder)
-
-
-def _hub_reason(error: BaseException) -> str:
-    match error:
-        case GatedRepoError():
-            return "the hub gives it only to those who asked for access and logged in (hf auth)"
-        case RepositoryNotFoundError():
-            return "not on the hub, or private there"
-        case EntryNotFoundError() | ConnectionError():
-            return "the hub cannot be reached"
-        case OSError() | RuntimeError() | ValueError():
-            first_line, *_ = str(error).strip().splitlines() or [type(error).__name__]
-            return f"the hub did not give it ({first_line})"
-    return "the hub cannot be reached"
-
-
-def _is_complete(folder: Path, settings: Settings) -> bool:
-    """Whether a snapshot holds a model: an interrupted download leaves some of its files."""
-    parts = _parts_of(folder)
-    main = parts[0]
-    return (
-        any((folder / name).is_file() for name in MODEL_FILES)
-        and any(path.is_file() for glob in TOKENIZER_PATTERNS for path in main.glob(glob))
-        and any(_has_weights(main, name) for name in WEIGHT_FILES)
-        and all((part / "config.json").is_file() for part in parts[1:])
-        and not (settings.trust_remote_code and _lacks_code(main))
-    )
-
-
-def _parts_of(folder: Path) -> list[Path]:
-    """Of a model of sentence-transformers the folders that cannot be empty, the main one first; of
-    any other itself.
-    """
-    try:
-        modules = json.loads((folder / "modules.json").read_bytes())
-        parts = [
-            folder / module["path"]
-            for module in modules
-            if not module["type"].endswith(".Normalize")  # has nothing to write down
-        ]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        parts = []
-    return parts or [folder]
-
-
-def _has_weights(folder: Path, name: str) -> bool:
-    if (folder / name).is_file():
-        return True
-    index = _read_json(folder / f"{name}.index.json").get("weight_map") or {}
-    return bool(index) and all((folder / shard).is_file() for shard in set(index.values()))
-
-
-def _lacks_code(folder: Path) -> bool:
-    """Whether config.json names Python files of this folder that are not there."""
-    classes = (_read_json(folder / "config.json").get("auto_map") or {}).values()
-    own = [name for name in classes if isinstance(name, str) and "--" not in name]
-    return not all((folder / f"{name.split('.')[0]}.py").is_file() for name in own)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -44,10 +45,12 @@ from modules.instruction_templates import ChatTemplate, choose_template
 from modules.loaded_model import LoadedModel
 from modules.memory import GIB, available_memory, free_card_memory
 from modules.model_files import FoundModel, find_model
+from modules.prequantized import prepare, quantization_of
 from modules.prompt_encoder import PromptEncoder
 from modules.rotary_positions import pin_rotary_factors, require_fixed_positions
 from modules.settings import PROJECT_ROOT, Settings
 from modules.vocabulary import Vocabulary
+from modules.weight_files import check_weights
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +73,7 @@ _FILE_FAULTS = (
     SafetensorError,
     StrictDataclassError,
     TypeError,
+    UnpicklingError,
     ValueError,
 )
 
@@ -114,7 +118,9 @@ def _load(found: FoundModel, settings: Settings) -> LoadedModel:
     wished_model_len = _wished_model_len(model.config, tokenizer, settings)
     is_batched = try_out(found.name, model, wished_model_len)
     # After the probe, which compares with the model's own layers.
-    wished = _quantized_dtype(settings, device)
+    # As the files have them, unless they have become numbers again.
+    stored = None if settings.dtype in FORMATS else quantization_of(model.config)
+    wished = None if stored else _quantized_dtype(settings, device)
     is_quantized = is_batched and wished is not None and quantize_model(model, wished)
     if settings.dtype in FORMATS and device == "cpu" and not is_quantized:
         raise ModelLoadError(
@@ -148,7 +154,7 @@ def _load(found: FoundModel, settings: Settings) -> LoadedModel:
         max_guided_len=engine.max_guided_len,
         continues_prompt=not model.config.is_encoder_decoder,
         device=device,
-        dtype=wished if wished and is_quantized else _dtype_name(model, settings),
+        dtype=stored or (wished if wished and is_quantized else _dtype_name(model, settings)),
         adapters=adapters,
         engine=AsyncEngine(engine),  # last: it has a thread, which nobody would end
     )
@@ -218,6 +224,8 @@ def blame(found: FoundModel) -> Iterator[None]:
 
 def _first_line(error: BaseException) -> str:
     """transformers explains at length what to do in a program of one's own."""
+    if isinstance(error, UnpicklingError):  # torch explains how to run what is in it
+        return "a pickle of it is damaged, or holds other things than weights."
     lines = str(error).strip().splitlines()
     if isinstance(error, OSError | RuntimeError | SafetensorError | ValueError) and lines:
         return lines[0]
@@ -225,8 +233,11 @@ def _first_line(error: BaseException) -> str:
 
 
 def to_folder(path: Path, settings: Settings) -> Path:
-    """The folder of a model in transformers' format."""
+    """The folder of a model in transformers' format, whose weights are whole as far as can be seen
+    at once. Raises ModelLoadError, which names the file that is not.
+    """
     if path.is_dir():
+        check_weights(path, settings.allow_pickle)
         return path
     # Here and not above: it leans on parts of transformers that other versions do not have, and
     # models of other kinds need none of them.
@@ -253,12 +264,14 @@ def _load_tokenizer(
 
 def _load_weights(folder: Path, settings: Settings, device: str) -> PreTrainedModel:
     options = _source_options(settings)
-    placement = _placement(settings, device)
     config = AutoConfig.from_pretrained(folder, **options)
+    prepare(folder, config, settings, device)
+    placement = _placement(settings, device, is_quantized=quantization_of(config) is not None)
     auto_model = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with _without_reports():
         result: Any = auto_model.from_pretrained(
             folder,
+            config=config,
             dtype=_choose_dtype(settings, device),
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are reported below, by name
@@ -267,7 +280,8 @@ def _load_weights(folder: Path, settings: Settings, device: str) -> PreTrainedMo
         )
     model, info = result
     _require_all_weights(folder, info)
-    loaded: PreTrainedModel = model if placement else model.to(device)
+    # What is on the CPU is there already, and some formats cannot be moved.
+    loaded: PreTrainedModel = model if placement or device == "cpu" else model.to(device)
     return loaded
 
 
@@ -318,8 +332,9 @@ def _quantized_dtype(settings: Settings, device: str) -> str | None:
     return settings.dtype if settings.dtype in FORMATS else None
 
 
-def _placement(settings: Settings, device: str) -> dict[str, Any]:
+def _placement(settings: Settings, device: str, is_quantized: bool = False) -> dict[str, Any]:
     """Options of from_pretrained that put weights on cards themselves, some of them in fewer bits.
+    `is_quantized`: the files have them so.
 
     Raises ModelLoadError if a library that does it is missing.
     """
@@ -329,7 +344,9 @@ def _placement(settings: Settings, device: str) -> dict[str, Any]:
     if settings.device_map is not None:
         _require_package("accelerate", "--device-map")
         options["device_map"] = settings.device_map
-    if settings.dtype in FORMATS:
+    if is_quantized:
+        options.setdefault("device_map", {"": torch.cuda.current_device()})
+    elif settings.dtype in FORMATS:
         flag = f"--load-in-{settings.dtype[3:]}bit"
         _require_package("bitsandbytes", flag)
         _require_package("accelerate", flag)

@@ -43,6 +43,9 @@ class Moderation:
 class Judge(Protocol):
     window: Window
 
+    @property
+    def loaded_name(self) -> str | None: ...
+
     async def judge(self, texts: Sequence[str]) -> Judged: ...
 
     def close(self) -> None: ...
@@ -55,6 +58,11 @@ class Moderator:
             if settings.moderation_model
             else ExampleJudge(embedder, root)
         )
+
+    @property
+    def loaded_name(self) -> str | None:
+        """Of the classifier, once it is in memory; None too where the embedding model judges."""
+        return self._judge.loaded_name
 
     async def moderate(self, texts: Sequence[str]) -> Moderation:
         """One or more texts, none of them empty.
@@ -88,6 +96,10 @@ class ExampleJudge:
         self._worker = Worker("moderations", lambda: None)
         self._loading = asyncio.Lock()
         self._loaded: tuple[Regression, Calibration] | None = None
+
+    @property
+    def loaded_name(self) -> None:
+        return None
 
     async def judge(self, texts: Sequence[str]) -> Judged:
         regression, calibration = await self._get_loaded()

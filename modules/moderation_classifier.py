@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from modules.batch_queue import BatchLimits, Prepared
 from modules.batch_worker import BatchWorker
 from modules.errors import ModelLoadError, ModelNotFoundError, NotConfiguredError
-from modules.model_files import FoundModel, ModelKind, find_model
+from modules.model_files import FoundModel, find_model
+from modules.model_kinds import ModelKind
 from modules.moderation_examples import CATEGORIES
 from modules.moderation_windows import Judged, Window
 from modules.settings import Settings
@@ -69,6 +70,10 @@ class ClassifierJudge:
         self._name = name
         self._settings = settings
         self._worker: BatchWorker[str] = BatchWorker("moderations", self._load)
+
+    @property
+    def loaded_name(self) -> str | None:
+        return self._name if self._worker.is_loaded else None
 
     async def judge(self, texts: Sequence[str]) -> Judged:
         computed = await self._worker.run(texts)

@@ -32,6 +32,11 @@ class Reranker:
         self._name = settings.rerank_model or ""
         self._worker: BatchWorker[PairInput] = BatchWorker("scores", self._load)
 
+    @property
+    def loaded_name(self) -> str | None:
+        """Of the cross-encoder, once it is in memory."""
+        return self._name if self._worker.is_loaded else None
+
     async def score(self, pairs: Sequence[PairInput]) -> Scored:
         """Raises what `Embedder.embed` raises."""
         if not self._name:

@@ -20,7 +20,8 @@ from modules.errors import (
     ModelNotFoundError,
     NotConfiguredError,
 )
-from modules.model_files import FoundModel, ModelKind, find_model
+from modules.model_files import FoundModel, find_model
+from modules.model_kinds import ModelKind
 from modules.optional_packages import import_package
 from modules.settings import Settings
 

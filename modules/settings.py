@@ -165,6 +165,12 @@ class Settings:
     trust_remote_code: bool = setting(
         MODEL, False, "Run Python code that comes with a model. Only for models you trust."
     )
+    allow_pickle: bool = setting(
+        MODEL,
+        False,
+        "Load .bin weights, which can hold programs, where there are no .safetensors. Only for "
+        "models you trust.",
+    )
 
     max_num_seqs: int = setting(
         ENGINE, 32, "How many sequences are generated at the same time.", minimum=1

@@ -26,7 +26,8 @@ from modules.errors import (
     NotConfiguredError,
     ServerError,
 )
-from modules.model_files import BUNDLED_MODELS, ModelKind, find_bundled
+from modules.model_files import BUNDLED_MODELS, find_bundled, list_voice_files
+from modules.model_kinds import ModelKind
 from modules.optional_packages import import_package
 from modules.settings import Settings
 from modules.worker import Worker, count_threads
@@ -82,6 +83,12 @@ class SpeechSynthesizer:
         self._settings = settings
         self._worker = Worker("speech", _Shelf)
 
+    @property
+    def loaded_name(self) -> str | None:
+        """Of the voice that is in memory."""
+        shelf = self._worker.resource
+        return shelf.loaded_name if shelf else None
+
     async def speak(self, request: SpeechRequest) -> AsyncGenerator[SpeechPiece, None]:
         """The file in pieces, at least one per sentence. Closing this ends the work at the next.
 
@@ -136,8 +143,7 @@ def list_voices(voice_dir: Path) -> dict[str, Path]:
     names = [name for name, model in BUNDLED_MODELS.items() if model.kind is ModelKind.VOICE]
     found = {name: find_bundled(name, ModelKind.VOICE) for name in names}
     bundled = {name: path for name, path in found.items() if path}
-    files = sorted(voice_dir.glob("*.onnx")) if voice_dir.is_dir() else []
-    return bundled | {path.stem: path for path in files if _config_path(path).is_file()}
+    return bundled | list_voice_files(voice_dir)
 
 
 def find_voice(name: str, settings: Settings) -> FoundVoice:
@@ -184,6 +190,10 @@ class _Shelf:
         logging.getLogger("piper").setLevel(logging.ERROR)
         self._path: Path | None = None
         self._voice: _Voice | None = None
+
+    @property
+    def loaded_name(self) -> str | None:
+        return self._path.stem if self._voice and self._path else None
 
     def take(self, path: Path) -> _Voice:
         """Raises ModelLoadError."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from modules import conversions
@@ -70,6 +69,12 @@ class Transcriber:
         self._settings = settings
         self._worker = Worker("transcription", self._open_shelf)
 
+    @property
+    def loaded_name(self) -> str | None:
+        """Of the model that is in memory."""
+        shelf = self._worker.resource
+        return shelf.loaded_name if shelf else None
+
     async def transcribe(self, audio: bytes, model: str, hearing: Hearing) -> Transcript:
         """Listen to the file `audio` with the model of that name, see `find_whisper`.
 
@@ -108,7 +113,7 @@ class Transcriber:
 
     def _open_shelf(self) -> _Shelf:
         import_faster_whisper()
-        return _Shelf(self._settings.model_dir / conversions.FOLDER)
+        return _Shelf(self._settings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,17 +125,23 @@ class _Opening:
 class _Shelf:
     """Has room for one model: the last one that was asked for."""
 
-    def __init__(self, cache_root: Path) -> None:
-        self._cache_root = cache_root
+    def __init__(self, settings: Settings) -> None:
+        self._cache_root = settings.model_dir / conversions.FOLDER
+        self._allow_pickle = settings.allow_pickle
         self._found: FoundModel | None = None
         self._model: WhisperModel | None = None
+
+    @property
+    def loaded_name(self) -> str | None:
+        return self._model.name if self._model else None
 
     def take(self, found: FoundModel) -> WhisperModel:
         """Raises ModelLoadError."""
         if self._model is None or self._found != found:
             self._model = None  # before the next one takes its memory
             with blame(found.name):
-                self._model = WhisperModel(found.name, convert(found.path, self._cache_root))
+                folder = convert(found.path, self._cache_root, self._allow_pickle)
+                self._model = WhisperModel(found.name, folder)
             self._found = found
         return self._model
 

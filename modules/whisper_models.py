@@ -5,7 +5,6 @@ faster-whisper runs them, in CTranslate2's format. Nothing is downloaded here.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,9 +22,11 @@ from modules.errors import (
     NotConfiguredError,
     ServerError,
 )
-from modules.model_files import FoundModel, ModelKind, find_bundled
+from modules.model_files import FoundModel, find_bundled
+from modules.model_kinds import ModelKind, is_converted_whisper, read_json
 from modules.optional_packages import import_package
 from modules.settings import Settings
+from modules.weight_files import check_weights
 from modules.worker import count_threads
 
 logger = logging.getLogger(__name__)
@@ -81,33 +82,21 @@ def _find_configured(settings: Settings) -> FoundModel:
 
 
 def is_whisper(folder: Path) -> bool:
-    return _is_converted(folder) or _is_transformers(folder)
-
-
-def _is_converted(folder: Path) -> bool:
-    """CTranslate2's format: the name of the kind of model comes first."""
-    try:
-        with (folder / "model.bin").open("rb") as file:
-            return b"WhisperSpec" in file.read(64)
-    except OSError:
-        return False
-
-
-def _is_transformers(folder: Path) -> bool:
-    try:
-        config = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and config.get("model_type") == "whisper"
+    is_transformers = read_json(folder / "config.json").get("model_type") == "whisper"
+    return is_transformers or is_converted_whisper(folder)
 
 
 # Converting
 
 
-def convert(folder: Path, cache_root: Path) -> Path:
-    """The same model in CTranslate2's format, with int8 weights; converted at the first call."""
-    if _is_converted(folder):
+def convert(folder: Path, cache_root: Path, allow_pickle: bool = False) -> Path:
+    """The same model in CTranslate2's format, with int8 weights; converted at the first call.
+
+    Raises ModelLoadError.
+    """
+    if is_converted_whisper(folder):
         return folder
+    check_weights(folder, allow_pickle)
     files = sorted(path for path in folder.iterdir() if path.is_file())
     stats = ((path.name, path.stat()) for path in files)
     key = " ".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)

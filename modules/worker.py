@@ -44,6 +44,11 @@ class Worker(Generic[Resource]):
         self._thread: threading.Thread | None = None
         self._is_closed = threading.Event()
 
+    @property
+    def resource(self) -> Resource | None:
+        """What `load` has returned; None before the first job."""
+        return self._resource
+
     def submit(self, work: Callable[[Resource], Result]) -> Future[Result]:
         """Have `work` done. The future raises what `load` and `work` raise.
 

@@ -14,7 +14,7 @@ from extensions.openai.chat_completions import answer_chat
 from extensions.openai.completions import answer_completion
 from extensions.openai.docs import describe_chat, describe_completion
 from extensions.openai.leases import depend_on_lease
-from extensions.openai.models import list_model_ids
+from extensions.openai.models import list_models
 from extensions.openai.responses import Json, build_engine, build_engine_list
 from extensions.openai.streaming import Answer, Chunks
 from extensions.openai.typing import (
@@ -39,7 +39,7 @@ def add_routes(router: APIRouter, context: Context) -> None:
     @router.get("/v1/engines", tags=TAGS, responses={200: {"model": EngineList}})
     async def list_engines() -> Response:
         """The same models as /v1/models, and which one is loaded."""
-        ids = list_model_ids(context)
+        ids = [model.id for model in await list_models(context)]
         return JSONResponse(build_engine_list({id: _is_ready(context, id) for id in ids}))
 
     @router.get(ENGINE, tags=TAGS, responses={200: {"model": Engine}})

@@ -1,31 +1,148 @@
 """GET /v1/models: which models there are, and one of them."""
 
+import asyncio
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
 
-from extensions.openai.responses import build_model, build_model_list
+from extensions.openai.responses import ListedModel, build_model, build_model_list
 from extensions.openai.typing import Model, ModelList
 from modules.context import Context
+from modules.model_files import ModelEntry, find_entry, list_entries
+from modules.model_kinds import ModelKind
+from modules.settings import Settings
 
-# Names that clients have built in; a request for them is answered by the loaded model.
-COMPATIBILITY_NAMES = ("gpt-3.5-turbo", "text-embedding-ada-002")
+KINDS = {
+    ModelKind.TEXT: "text",
+    ModelKind.EMBEDDING: "embedding",
+    ModelKind.SCORE: "rerank",
+    ModelKind.CLASSIFICATION: "classification",
+    ModelKind.TRANSCRIPTION: "transcription",
+    ModelKind.VOICE: "voice",
+    ModelKind.IMAGE: "image",
+}
+# Names that clients have built in; a request for one is answered by a model of that kind.
+COMPATIBILITY_NAMES = {"gpt-3.5-turbo": "text", "text-embedding-ada-002": "embedding"}
 
 
 def add_routes(router: APIRouter, context: Context) -> None:
     @router.head("/v1/models", include_in_schema=False)
     @router.get("/v1/models", tags=["Models"], responses={200: {"model": ModelList}})
-    async def list_models() -> Response:
-        """The loaded model, then those that can be loaded, then the names that stand for it."""
-        return JSONResponse(build_model_list(list_model_ids(context)))
+    async def get_models() -> Response:
+        """What is loaded, then what can be loaded, then the names that stand for one of them."""
+        return JSONResponse(build_model_list(await list_models(context)))
 
     @router.head("/v1/models/{model_id:path}", include_in_schema=False)
     @router.get("/v1/models/{model_id:path}", tags=["Models"], responses={200: {"model": Model}})
     async def get_model(model_id: str) -> Response:
-        """A model's entry: whichever is asked for."""
-        return JSONResponse(build_model(model_id))
+        """A model's entry: whichever is asked for. Who asks another one than those of the list is
+        answered by the loaded model.
+        """
+        models = await list_models(context)
+        found = next((model for model in models if model.id == model_id), None)
+        return JSONResponse(build_model(found or _name_anew(model_id, "text", models)))
 
 
-def list_model_ids(context: Context) -> list[str]:
-    loaded = [model.name for model in context.models.loaded]
-    names = [*loaded, *context.models.list_names(), *COMPATIBILITY_NAMES]
-    return list(dict.fromkeys(names))
+async def list_models(context: Context) -> list[ListedModel]:
+    """Of all kinds, each once: loaded ones first, names that stand for others last."""
+    known = await asyncio.to_thread(_find_models, context.settings)
+    loaded = _loaded_texts(context, known)
+    in_memory = _loaded_names(context)
+    others = [
+        replace(model, is_loaded=in_memory.get(model.kind) == model.id)
+        for model in known.values()
+        if model.id not in loaded
+    ]
+    others.sort(key=lambda model: (not model.is_loaded, model.kind != "text"))
+    models = [*loaded.values(), *others]
+    models += _list_aliases(context.settings, models)
+    known_ids = {model.id for model in models}
+    names = {name: kind for name, kind in COMPATIBILITY_NAMES.items() if name not in known_ids}
+    return models + [_name_anew(name, kind, models) for name, kind in names.items()]
+
+
+def _find_models(settings: Settings) -> dict[str, ListedModel]:
+    """By id, none of them loaded. Those that the settings name come first of their kind."""
+    configured = (_find_configured(name, kind, settings) for kind, name in _configured(settings))
+    listed = (_to_listed(entry) for entry in list_entries(settings))
+    models: dict[str, ListedModel] = {}
+    for model in (*filter(None, configured), *listed):
+        models.setdefault(model.id, model)
+    return models
+
+
+def _configured(settings: Settings) -> Iterator[tuple[ModelKind, str]]:
+    """Beside voices and images, which are listed anyway."""
+    yield ModelKind.EMBEDDING, settings.embedding_model
+    yield ModelKind.TRANSCRIPTION, settings.transcription_model
+    if settings.rerank_model:
+        yield ModelKind.SCORE, settings.rerank_model
+    if settings.moderation_model:
+        yield ModelKind.CLASSIFICATION, settings.moderation_model
+
+
+def _find_configured(name: str, kind: ModelKind, settings: Settings) -> ListedModel | None:
+    """None: it is a path to nowhere, or would have to be on this machine. Names of the hub are
+    listed all the same: the first request fetches their models.
+    """
+    if entry := find_entry(name, settings, kind):
+        return _to_listed(entry)
+    is_path = name.startswith((".", "~")) or Path(name).is_absolute()
+    return None if is_path or kind is ModelKind.TRANSCRIPTION else ListedModel(name, KINDS[kind])
+
+
+def _to_listed(entry: ModelEntry) -> ListedModel:
+    return ListedModel(
+        entry.name,
+        KINDS[entry.kind],
+        created=entry.modified,
+        context_length=entry.context_length,
+        accepts_images=entry.accepts_images,
+    )
+
+
+def _loaded_texts(context: Context, known: Mapping[str, ListedModel]) -> dict[str, ListedModel]:
+    """By id. Of files that are in none of the known places, nothing is told."""
+    return {
+        model.name: replace(
+            known.get(model.name, ListedModel(model.name, "text")),
+            kind="text",
+            is_loaded=True,
+            context_length=model.max_model_len,
+        )
+        for model in context.models.loaded
+    }
+
+
+def _loaded_names(context: Context) -> dict[str, str | None]:
+    """By kind, as far as there is one in memory."""
+    return {
+        KINDS[ModelKind.EMBEDDING]: context.embeddings.loaded_name,
+        KINDS[ModelKind.SCORE]: context.reranker.loaded_name,
+        KINDS[ModelKind.CLASSIFICATION]: context.moderation.loaded_name,
+        KINDS[ModelKind.TRANSCRIPTION]: context.transcriber.loaded_name,
+        KINDS[ModelKind.VOICE]: context.speech.loaded_name,
+        KINDS[ModelKind.IMAGE]: context.images.loaded_name,
+    }
+
+
+def _list_aliases(settings: Settings, models: Sequence[ListedModel]) -> list[ListedModel]:
+    by_id = {model.id: model for model in models}
+    return [
+        replace(by_id[name], id=alias, alias_of=name)
+        for alias, name in settings.model_aliases.items()
+        if name in by_id and alias not in by_id
+    ]
+
+
+def _name_anew(name: str, kind: str, models: Sequence[ListedModel]) -> ListedModel:
+    """As the model that answers who asks for `name`, if there is one: of texts the first that is
+    loaded, of other kinds the one of the settings.
+    """
+    for model in models:
+        if model.kind == kind and (model.is_loaded or kind != "text"):
+            return replace(model, id=name, alias_of=model.alias_of or model.id)
+    return ListedModel(name, kind)

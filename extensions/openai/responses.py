@@ -31,6 +31,19 @@ class Choice:
     logprobs: Json | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class ListedModel:
+    id: str
+    kind: str
+    created: int = 0
+    """When its newest file was changed; 0 where nothing is known of files."""
+    is_loaded: bool = False
+    context_length: int | None = None
+    accepts_images: bool = False
+    alias_of: str | None = None
+    """The model that a request with this name gets."""
+
+
 def build_envelope(prefix: str, model: str) -> Envelope:
     return Envelope(f"{prefix}-{uuid.uuid4().hex}", int(time.time()), model)
 
@@ -97,12 +110,22 @@ def build_text_chunk(
     return _build_object(envelope, "text_completion", [choice])
 
 
-def build_model(model_id: str) -> Json:
-    return {"id": model_id, "object": "model", "created": 0, "owned_by": "user"}
+def build_model(model: ListedModel) -> Json:
+    return {
+        "id": model.id,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "user",
+        "loaded": model.is_loaded,
+        "kind": model.kind,
+        "context_length": model.context_length,
+        "accepts_images": model.accepts_images,
+        "alias_of": model.alias_of,
+    }
 
 
-def build_model_list(model_ids: Iterable[str]) -> Json:
-    return {"object": "list", "data": [build_model(model_id) for model_id in model_ids]}
+def build_model_list(models: Iterable[ListedModel]) -> Json:
+    return {"object": "list", "data": [build_model(model) for model in models]}
 
 
 def build_file(file: StoredFile) -> Json:

@@ -989,8 +989,17 @@ class TextCompletion(BaseModel):
 class Model(BaseModel):
     id: str
     object: Literal["model"]
-    created: int
+    created: int = Field(description="When its files were changed; 0 if that is not known.")
     owned_by: str
+    loaded: bool = Field(description="It is in memory.")
+    kind: Literal[
+        "text", "embedding", "rerank", "classification", "transcription", "voice", "image"
+    ]
+    context_length: int | None = Field(
+        description="In tokens: of a loaded model what it takes, else what it was made for."
+    )
+    accepts_images: bool
+    alias_of: str | None = Field(description="The model that a request with this name gets.")
 
 
 class ModelList(BaseModel):

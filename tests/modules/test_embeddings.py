@@ -30,7 +30,8 @@ from modules.errors import (
     ModelLoadError,
     NotConfiguredError,
 )
-from modules.model_files import ModelKind, find_bundled
+from modules.model_files import find_bundled
+from modules.model_kinds import ModelKind
 from modules.sentence_encoders import TextInput
 from modules.settings import Settings
 from tests.fakes import VOCAB_SIZE, build_tokenizer

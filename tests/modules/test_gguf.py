@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from modules import gguf_tokenizers
 from modules.errors import ModelLoadError
-from modules.gguf import GgufFile, convert
+from modules.gguf import convert
+from modules.gguf_file import GgufFile
 from modules.gguf_tokenizers import build_tokenizer, end_token_ids
 
 ROOT = Path(__file__).parents[2]
@@ -35,25 +37,29 @@ TYPES = [CONTROL, CONTROL, CONTROL, USER_DEFINED, CONTROL] + [NORMAL] * (len(TOK
 WIDTH, LAYERS, HEADS, KV_HEADS, INNER = 64, 2, 4, 2, 96
 
 
-def llama_tensors() -> dict[str, tuple[int, ...]]:
+def llama_tensors(width: int = WIDTH, inner: int = INNER) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {
-        "token_embd.weight": (len(TOKENS), WIDTH),
-        "output_norm.weight": (WIDTH,),
-        "output.weight": (len(TOKENS), WIDTH),
+        "token_embd.weight": (len(TOKENS), width),
+        "output_norm.weight": (width,),
+        "output.weight": (len(TOKENS), width),
     }
     for i in range(LAYERS):
         shapes |= {
-            f"blk.{i}.attn_norm.weight": (WIDTH,),
-            f"blk.{i}.attn_q.weight": (WIDTH, WIDTH),
-            f"blk.{i}.attn_k.weight": (WIDTH // HEADS * KV_HEADS, WIDTH),
-            f"blk.{i}.attn_v.weight": (WIDTH // HEADS * KV_HEADS, WIDTH),
-            f"blk.{i}.attn_output.weight": (WIDTH, WIDTH),
-            f"blk.{i}.ffn_norm.weight": (WIDTH,),
-            f"blk.{i}.ffn_gate.weight": (INNER, WIDTH),
-            f"blk.{i}.ffn_up.weight": (INNER, WIDTH),
-            f"blk.{i}.ffn_down.weight": (WIDTH, INNER),
+            f"blk.{i}.attn_norm.weight": (width,),
+            f"blk.{i}.attn_q.weight": (width, width),
+            f"blk.{i}.attn_k.weight": (width // HEADS * KV_HEADS, width),
+            f"blk.{i}.attn_v.weight": (width // HEADS * KV_HEADS, width),
+            f"blk.{i}.attn_output.weight": (width, width),
+            f"blk.{i}.ffn_norm.weight": (width,),
+            f"blk.{i}.ffn_gate.weight": (inner, width),
+            f"blk.{i}.ffn_up.weight": (inner, width),
+            f"blk.{i}.ffn_down.weight": (width, inner),
         }
     return shapes
+
+
+def quantize(values: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+    return gguf.quants.quantize(values, kind)
 
 
 def write_llama(
@@ -63,18 +69,21 @@ def write_llama(
     leave_out: str = "",
     extra: dict[str, np.ndarray] | None = None,
     scaling: gguf.RopeScalingType | None = None,
+    width: int = WIDTH,
+    inner: int = INNER,
+    store: Callable[[np.ndarray, gguf.GGMLQuantizationType], np.ndarray] = quantize,
 ) -> Path:
     """A llama of two layers with random weights; matrices are stored as `kind`."""
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(128)
-    writer.add_embedding_length(WIDTH)
+    writer.add_embedding_length(width)
     writer.add_block_count(LAYERS)
-    writer.add_feed_forward_length(INNER)
+    writer.add_feed_forward_length(inner)
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(KV_HEADS)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(500000.0)
-    writer.add_rope_dimension_count(WIDTH // HEADS)
+    writer.add_rope_dimension_count(width // HEADS)
     writer.add_rope_scaling_orig_ctx_len(64)
     if scaling:
         writer.add_rope_scaling_type(scaling)
@@ -90,11 +99,11 @@ def write_llama(
     writer.add_add_bos_token(True)
     writer.add_chat_template("{{ messages[0]['content'] }}")
     rng = np.random.default_rng(0)
-    for name, shape in llama_tensors().items():
+    for name, shape in llama_tensors(width, inner).items():
         values = rng.normal(1.0 if "norm" in name else 0.0, 0.1, shape).astype(np.float32)
         stored = F32 if len(shape) == 1 else kind
         if name != leave_out:
-            writer.add_tensor(name, gguf.quants.quantize(values, stored), raw_dtype=stored)
+            writer.add_tensor(name, store(values, stored), raw_dtype=stored)
     for name, values in (extra or {}).items():
         writer.add_tensor(name, values)
     close(writer)

@@ -32,7 +32,8 @@ from benchmarks.moderation import (
 )
 from modules.embeddings import Embedded, Embedder
 from modules.errors import CapabilityError, ModelLoadError, NotConfiguredError
-from modules.model_files import ModelKind, find_bundled
+from modules.model_files import find_bundled
+from modules.model_kinds import ModelKind
 from modules.moderation import Moderation, Moderator
 from modules.moderation_classifier import LABELS, find_columns
 from modules.moderation_examples import (

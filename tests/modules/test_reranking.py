@@ -19,7 +19,8 @@ from transformers import (
 
 from modules.embeddings import Embedder
 from modules.errors import ModelLoadError
-from modules.model_files import ModelKind, find_bundled
+from modules.model_files import find_bundled
+from modules.model_kinds import ModelKind
 from modules.reranking import Reranker
 from modules.settings import Settings
 

@@ -19,7 +19,8 @@ from modules.errors import (
     ModelLoadError,
     NotConfiguredError,
 )
-from modules.model_files import ModelKind, find_bundled
+from modules.model_files import find_bundled
+from modules.model_kinds import ModelKind
 from modules.settings import Settings
 from modules.speech import (
     MAX_PHONEMES,

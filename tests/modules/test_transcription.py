@@ -12,7 +12,8 @@ import pytest
 
 from modules.audio_files import SPEAKING_RATE
 from modules.errors import CapabilityError, InvalidRequestError, MissingPackageError
-from modules.model_files import ModelKind, find_bundled
+from modules.model_files import find_bundled
+from modules.model_kinds import ModelKind
 from modules.settings import Settings
 from modules.transcription import Segment, Transcriber, Transcript
 from modules.whisper_models import Hearing, VoiceDetection, import_faster_whisper

@@ -24,7 +24,8 @@ from openai.types import CreateEmbeddingResponse
 from extensions.openai.embeddings import write_base64, write_numbers
 from extensions.openai.typing import MAX_INPUT_CHARS
 from modules.batch_queue import BatchLimits, Prepared
-from modules.model_files import ModelKind, find_bundled
+from modules.model_files import find_bundled
+from modules.model_kinds import ModelKind
 from tests.conftest import AsgiCall, MakeApp, connect, wait_for
 from tests.openai.assertions import assert_error_shape
 from tests.openai.embedding_app import NAME, app, client, context

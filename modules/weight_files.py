@@ -1,0 +1,138 @@
+"""The files of weights in a model's folder: which there are, and whether they are whole.
+
+Only their headers are read: what is cut off, or not to be loaded, is said before minutes of work.
+Format of safetensors: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from zipfile import is_zipfile
+
+from modules.errors import ModelLoadError
+from modules.model_kinds import read_json
+
+SAFETENSORS = "model.safetensors"
+PICKLE = "pytorch_model.bin"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+_LENGTH_BYTES = 8
+# As the format's own library has it.
+_MAX_HEADER_BYTES = 100_000_000
+
+
+def check_weights(folder: Path, allow_pickle: bool) -> None:
+    """Raises ModelLoadError, which names the file: one is not whole or not there, there is none, or
+    there are only pickles, which may run code, and nobody has asked for them.
+    """
+    for part in parts_of(folder):
+        _check_part(part, allow_pickle, needs_weights=part == folder)
+
+
+def has_all_weights(folder: Path, allow_pickle: bool) -> bool:
+    names = (SAFETENSORS, PICKLE) if allow_pickle else (SAFETENSORS,)
+    found = (_shards(folder, name) for name in names)
+    return any(shards and all(shard.is_file() for shard in shards) for shards in found)
+
+
+def parts_of(folder: Path) -> list[Path]:
+    """Of a model of sentence-transformers the folders that cannot be empty, the main one first; of
+    any other itself.
+    """
+    try:
+        modules = json.loads((folder / "modules.json").read_bytes())
+        parts = [
+            folder / module["path"]
+            for module in modules
+            if not module["type"].endswith(".Normalize")  # has nothing to write down
+        ]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        parts = []
+    return parts or [folder]
+
+
+def _check_part(folder: Path, allow_pickle: bool, needs_weights: bool) -> None:
+    # As in transformers, the configuration may call them otherwise.
+    name = str(read_json(folder / "config.json").get("transformers_weights") or SAFETENSORS)
+    shards = _shards(folder, name)
+    if shards is None:
+        _check_pickles(folder, allow_pickle, needs_weights)
+        return
+    if not shards:
+        raise ModelLoadError(f"{folder / name}.index.json is damaged: it names no files.")
+    for shard, weights in shards.items():
+        _check_shard(shard, weights)
+
+
+def _check_pickles(folder: Path, allow_pickle: bool, needs_weights: bool) -> None:
+    pickles = [path for path in folder.glob("*") if path.suffix in PICKLE_SUFFIXES]
+    if pickles and not allow_pickle:
+        named = [path for path in pickles if path.name.startswith("pytorch_model")]
+        raise ModelLoadError(
+            f"{min(named or pickles)} is a pickle, a format that can hold programs, and there is "
+            f"no {SAFETENSORS} beside it. If you trust who made it, use --allow-pickle."
+        )
+    for shard in _shards(folder, PICKLE) or ():
+        _check_pickle(shard)
+    if needs_weights and not pickles:
+        raise ModelLoadError(
+            f"There are no weights in {folder}: it has no {SAFETENSORS}, and no index of several."
+        )
+
+
+def _check_pickle(path: Path) -> None:
+    _require_file(path)
+    with path.open("rb") as file:  # a zip file, which the list of its contents ends
+        if file.read(2) == b"PK" and not is_zipfile(file):
+            raise ModelLoadError(f"{path} is incomplete: its end is missing. Download it again.")
+
+
+def _require_file(path: Path) -> None:
+    if not path.is_file():
+        raise ModelLoadError(f"{path} is missing, which the index of the weights names.")
+
+
+def _shards(folder: Path, name: str) -> dict[Path, list[str]] | None:
+    """Files → names of the weights that an index has in them. None: there are no such files; empty:
+    the index is damaged. transformers looks for the one file first, and then for the index.
+    """
+    if (folder / name).is_file():
+        return {folder / name: []}
+    index = folder / f"{name}.index.json"
+    if not index.is_file():
+        return None
+    shards: dict[Path, list[str]] = {}
+    weight_map = read_json(index).get("weight_map")
+    for weight, file in weight_map.items() if isinstance(weight_map, dict) else ():
+        shards.setdefault(folder / str(file), []).append(weight)
+    return shards
+
+
+def _check_shard(path: Path, names: list[str]) -> None:
+    _require_file(path)
+    known, expected = _read_header(path)
+    actual = path.stat().st_size
+    if actual < expected:
+        raise ModelLoadError(
+            f"{path} is incomplete: it has {actual} of its {expected} bytes. Download it again."
+        )
+    if actual > expected:
+        raise ModelLoadError(f"{path} is damaged: it has more than its {expected} bytes.")
+    if missing := sorted(set(names) - known):
+        raise ModelLoadError(f"{path} has no {missing[0]}, which the index says is there.")
+
+
+def _read_header(path: Path) -> tuple[set[str], int]:
+    """Names of the weights, and how many bytes the file should have."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+        content = file.read(length) if length <= _MAX_HEADER_BYTES else b""
+    try:
+        header = json.loads(content)
+        header.pop("__metadata__", None)
+        ends = [int(entry["data_offsets"][1]) for entry in header.values()]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelLoadError(
+            f"{path} is incomplete or damaged: its header is not whole. Download it again."
+        ) from error
+    return set(header), _LENGTH_BYTES + length + max(ends, default=0)
