@@ -24,6 +24,7 @@ from huggingface_hub.errors import (
 )
 
 from modules.errors import ModelLoadError, ModelNotFoundError
+from modules.load_progress import LoadProgress, LoadStage, Report, report_nothing
 from modules.settings import Settings
 
 # What the hub's repositories hold that transformers can load, and what it needs beside the weights.
@@ -101,7 +102,12 @@ def list_models(model_dir: Path, kind: ModelKind = ModelKind.TEXT) -> list[str]:
     return sorted(names, key=str.lower)
 
 
-def find_model(name: str, settings: Settings, kind: ModelKind = ModelKind.TEXT) -> FoundModel:
+def find_model(
+    name: str,
+    settings: Settings,
+    kind: ModelKind = ModelKind.TEXT,
+    report: Report = report_nothing,
+) -> FoundModel:
     """Look for a model in `model_dir`, as a path, bundled, in the hub's cache and on the hub.
 
     The case of letters only matters where names differ in nothing else. For a kind of HUB_OWNERS,
@@ -126,6 +132,7 @@ def find_model(name: str, settings: Settings, kind: ModelKind = ModelKind.TEXT) 
         raise ModelNotFoundError(f"There is no file or folder {name}.")
     hub_name = f"{HUB_OWNERS[kind]}/{name}" if kind in HUB_OWNERS and "/" not in name else name
     if re.fullmatch(r"[\w.-]+/[\w.-]+", hub_name) and not name.endswith(".gguf"):
+        report(LoadProgress(LoadStage.DOWNLOADING))
         return _download(hub_name, settings, kind)
     raise _not_found(name, settings, "not bundled, and not in the local hub cache", kind)
 

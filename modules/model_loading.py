@@ -40,6 +40,7 @@ from modules.engine.generate_engine import GenerateEngine
 from modules.engine.probe import count_kv_bytes, probe, probe_alone
 from modules.errors import ModelLoadError, NotBatchableError, ServerError
 from modules.instruction_templates import ChatTemplate, choose_template
+from modules.load_progress import LoadProgress, LoadStage, Report, report_nothing
 from modules.loaded_model import LoadedModel
 from modules.memory import GIB, available_memory, free_card_memory
 from modules.model_files import FoundModel, find_model
@@ -78,7 +79,9 @@ def load_model(name: str, settings: Settings) -> LoadedModel:
     return start_loading(name, settings).result()
 
 
-def start_loading(name: str, settings: Settings) -> Future[LoadedModel]:
+def start_loading(
+    name: str, settings: Settings, report: Report = report_nothing
+) -> Future[LoadedModel]:
     """The same in a thread of its own, which nobody waits for when the program ends.
 
     OpenMP gives each thread that computes a team of helpers, and takes them back when it ends. With
@@ -91,7 +94,7 @@ def start_loading(name: str, settings: Settings) -> Future[LoadedModel]:
     def run() -> None:
         future.set_running_or_notify_cancel()
         try:
-            future.set_result(_find_and_load(name, settings))
+            future.set_result(_find_and_load(name, settings, report))
         except BaseException as error:  # the edge of the thread: it is raised where it is awaited
             future.set_exception(error)
 
@@ -99,18 +102,24 @@ def start_loading(name: str, settings: Settings) -> Future[LoadedModel]:
     return future
 
 
-def _find_and_load(name: str, settings: Settings) -> LoadedModel:
-    found = find_model(name, settings)
+def _find_and_load(name: str, settings: Settings, report: Report) -> LoadedModel:
+    report(LoadProgress(LoadStage.FINDING))
+    try:
+        found = find_model(name, settings, report=report)
+    except OSError as error:  # a folder that may not be read, a name that is too long for one
+        raise ModelLoadError(f"{name[:100]} cannot be looked for: {error.strerror}") from error
     with blame(found):
-        return _load(found, settings)
+        return _load(found, settings, report)
 
 
-def _load(found: FoundModel, settings: Settings) -> LoadedModel:
+def _load(found: FoundModel, settings: Settings, report: Report) -> LoadedModel:
     device = "cuda" if torch.cuda.is_available() and not settings.cpu else "cpu"
-    folder = to_folder(found.path, settings)
+    folder = to_folder(found.path, settings, report)
+    report(LoadProgress(LoadStage.LOADING_WEIGHTS))
     tokenizer = _load_tokenizer(folder, settings, is_converted=folder != found.path)
     model = _load_weights(folder, settings, device)
     wished_model_len = _wished_model_len(model.config, tokenizer, settings)
+    report(LoadProgress(LoadStage.TRYING_OUT))
     is_batched = try_out(found.name, model, wished_model_len)
     # After the probe, which compares with the model's own layers.
     wished = _quantized_dtype(settings, device)
@@ -218,7 +227,7 @@ def _first_line(error: BaseException) -> str:
     return ": ".join([type(error).__name__, *lines[:1]])
 
 
-def to_folder(path: Path, settings: Settings) -> Path:
+def to_folder(path: Path, settings: Settings, report: Report = report_nothing) -> Path:
     """The folder of a model in transformers' format."""
     if path.is_dir():
         return path
@@ -226,7 +235,11 @@ def to_folder(path: Path, settings: Settings) -> Path:
     # models of other kinds need none of them.
     from modules import gguf
 
-    return gguf.convert(path, settings.model_dir / conversions.FOLDER, print)
+    def tell(line: str) -> None:
+        print(line)
+        report(LoadProgress(LoadStage.CONVERTING))
+
+    return gguf.convert(path, settings.model_dir / conversions.FOLDER, tell)
 
 
 def _load_tokenizer(

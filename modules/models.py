@@ -13,29 +13,43 @@ import asyncio
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from math import inf
 from time import monotonic
 from typing import Any, TypeVar
 
 from modules.errors import ModelNotFoundError, NoModelLoadedError
+from modules.load_progress import Report, report_nothing
 from modules.loaded_model import LoadedModel
 from modules.model_files import list_models
 from modules.model_loading import start_loading
 from modules.settings import Settings
 
 Result = TypeVar("Result")
-StartLoading = Callable[[str, Settings], "Future[LoadedModel]"]
+StartLoading = Callable[[str, Settings, Report], "Future[LoadedModel]"]
 
 # So long may requests go on with a model that has been replaced: a client that does not read its
 # answer must not keep its memory for ever.
 MAX_LEAVING_SECONDS = 600.0
+# So old may the listing of the model folder be that says whether a request's model is there.
+LISTING_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Wish:
+    """What was asked for when a model was loaded."""
+
+    name: str
+    """Maybe a path, or a name of the hub."""
+    settings: Settings
 
 
 class _Place:
     """A loaded model, and who uses it."""
 
-    def __init__(self, model: LoadedModel) -> None:
+    def __init__(self, model: LoadedModel, wish: _Wish) -> None:
         self.model = model
+        self.wish = wish
         self.used_at = monotonic()
         """When a request last began or ended with it."""
         self._num_leases = 0
@@ -100,11 +114,13 @@ class ModelManager:
         self._max_loaded = settings.max_loaded_models or max(1, len(settings.model))
         self._places: dict[str, _Place] = {}
         self._default: str | None = None
-        self._asleep: dict[str, Settings] = {}
+        self._asleep: dict[str, _Wish] = {}
         """What was let go because nobody used it, and comes back when somebody does."""
         self._leaving: dict[_Place, asyncio.Task[None]] = {}
         self._changes: set[asyncio.Task[Any]] = set()
         self._turn = asyncio.Lock()
+        self._listing: frozenset[str] = frozenset()
+        self._listed_at = -inf
 
     # Which there are
 
@@ -158,7 +174,14 @@ class ModelManager:
     def _is_to_be_had(self, name: str) -> bool:
         if name in self._places or name in self._asleep:
             return True
-        return self._settings.model_autoload and name in self.list_names()
+        return self._settings.model_autoload and name in self._list_again()
+
+    def _list_again(self) -> frozenset[str]:
+        """Every request asks; with many models, or a slow disk, looking takes its time."""
+        if monotonic() - self._listed_at > LISTING_SECONDS:
+            self._listing = frozenset(self.list_names())
+            self._listed_at = monotonic()
+        return self._listing
 
     # For requests
 
@@ -176,20 +199,26 @@ class ModelManager:
 
     async def take(self, name: str | None) -> _Place:
         """The place of the model that answers to `name`, leased."""
-        while self.must_load(name):
+        while (own_name := self.find_name(name)) not in self._places:
             await self._change(self._load_for_request(name))
-        place = self._places[self.find_name(name)]
+        place = self._places[own_name]
         place.lease()
         return place
 
     async def _load_for_request(self, name: str | None) -> None:
-        if self.must_load(name):  # else another request has had it loaded meanwhile
-            own_name = self.find_name(name)
-            await self._exchange(own_name, self._asleep.get(own_name, self._settings))
+        own_name = self.find_name(name)
+        if own_name not in self._places:  # else another request has had it loaded meanwhile
+            wish = self._asleep.get(own_name, _Wish(own_name, self._settings))
+            await self._exchange(wish, report_nothing)
 
     # Changes
 
-    async def load(self, name: str, overrides: Mapping[str, Any] | None = None) -> LoadedModel:
+    async def load(
+        self,
+        name: str,
+        overrides: Mapping[str, Any] | None = None,
+        report: Report = report_nothing,
+    ) -> LoadedModel:
         """Load a model and make it the default. One of the same name goes then, and where there are
         too many, those that have not been used for longest; each when its requests have ended.
 
@@ -198,11 +227,11 @@ class ModelManager:
         Raises what `load_model` raises; then, everything stays as it was.
         """
         own_name = self._settings.model_aliases.get(name, name)
-        settings = replace(self._settings, **(overrides or {}))
-        return await self._change(self._load(own_name, settings))
+        wish = _Wish(own_name, replace(self._settings, **(overrides or {})))
+        return await self._change(self._load(wish, report))
 
-    async def _load(self, name: str, settings: Settings) -> LoadedModel:
-        model = await self._exchange(name, settings)
+    async def _load(self, wish: _Wish, report: Report) -> LoadedModel:
+        model = await self._exchange(wish, report)
         self._default = model.name
         return model
 
@@ -219,11 +248,15 @@ class ModelManager:
         await self._change(self._unload(name))
 
     async def _unload(self, name: str | None) -> None:
-        names = [name] if name is not None else [*self._places, *self._asleep]
+        own_name = self._settings.model_aliases.get(name or "", name)
+        names = [each for each in (*self._places, *self._asleep) if own_name in (None, each)]
+        if own_name is not None and not names:
+            raise ModelNotFoundError(f"The model {own_name} is not loaded.")
         places = [self._places.pop(each) for each in names if each in self._places]
-        asleep = [self._asleep.pop(each) for each in names if each in self._asleep]
-        if name is not None and not places and not asleep:
-            raise ModelNotFoundError(f"{name} is not loaded.")
+        # Those that had to make room for others, too.
+        places += [place for place in self._leaving if own_name in (None, place.model.name)]
+        for each in names:
+            self._asleep.pop(each, None)
         if self._default in names:
             self._default = next(iter((*self._places, *self._asleep)), None)
         for place in places:
@@ -244,7 +277,7 @@ class ModelManager:
     async def _put_to_sleep(self, timeout: float) -> None:
         for name, place in tuple(self._places.items()):
             if place.is_free and monotonic() - place.used_at >= timeout:
-                self._asleep[name] = place.model.settings
+                self._asleep[name] = place.wish
                 self._retire(place)
 
     def close(self) -> None:
@@ -266,19 +299,21 @@ class ModelManager:
         task.add_done_callback(self._changes.discard)
         return await asyncio.shield(task)
 
-    async def _exchange(self, name: str, settings: Settings) -> LoadedModel:
+    async def _exchange(self, wish: _Wish, report: Report) -> LoadedModel:
         """Load a model, then let those go that there is no place for."""
         if self._leaving:  # their memory may be needed
             await asyncio.wait(self._leaving.values())
-        model = await asyncio.wrap_future(self._start_loading(name, settings))
+        future = self._start_loading(wish.name, wish.settings, report)
+        model = await asyncio.wrap_future(future)
         for place in self._choose_leaving(model.name):
             self._retire(place)
-        self.add(model)
+        self.add(model, wish)
         return model
 
-    def add(self, model: LoadedModel) -> None:
+    def add(self, model: LoadedModel, wish: _Wish | None = None) -> None:
         """Make a model that runs one of the loaded ones."""
-        self._places[model.name] = _Place(model)
+        wish = wish or _Wish(model.name, model.settings)
+        self._places[model.name] = _Place(model, wish)
         self._asleep.pop(model.name, None)
         num_surplus = len(self._places) + len(self._asleep) - self._max_loaded
         for name in list(self._asleep)[: max(0, num_surplus)]:

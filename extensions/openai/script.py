@@ -18,6 +18,7 @@ from extensions.openai import (
     internal,
     legacy,
     logits,
+    model_management,
     models,
     moderations,
     rerank,
@@ -63,6 +64,8 @@ ENDPOINTS = (
     fine_tuning,
     legacy,
 )
+ADMIN_ENDPOINTS = (model_management,)
+"""Those that change what is loaded."""
 
 
 def setup(context: Context) -> None:
@@ -70,7 +73,11 @@ def setup(context: Context) -> None:
     router = build_router(context.settings.api_key)
     for endpoints in ENDPOINTS:
         endpoints.add_routes(router, context)
+    admin_router = build_router(context.settings.admin_key)
+    for admin_endpoints in ADMIN_ENDPOINTS:
+        admin_endpoints.add_admin_routes(admin_router, context)
     context.app.include_router(router)
+    context.app.include_router(admin_router)
     options_route = OptionsRoute("/{path:path}", _answer_options, methods=["OPTIONS"])
     context.app.router.routes.append(options_route)
     add_docs(context.app)

@@ -150,7 +150,7 @@ class AsyncEngine:
             _log("Inference ended", error)
             self._die(EngineDeadError("The model has failed; the server must be restarted."))
         else:
-            self._die(GenerationAbortedError("The server is shutting this model down."))
+            self._die(GenerationAbortedError("The model was unloaded before this reply was whole."))
 
     def _step(self) -> list[TokenOutput]:
         batch = self._engine.schedule()
