@@ -68,4 +68,5 @@ def build_context(
         storage=Storage(settings),
         transcriber=Transcriber(settings),
         speech=SpeechSynthesizer(settings),
+        services=[models.unload_idle] if settings.idle_timeout else [],
     )

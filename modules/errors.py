@@ -79,7 +79,10 @@ class NotBatchableError(ModelError):
 
 class NoModelLoadedError(ModelError):
     def __init__(self) -> None:
-        super().__init__("No model is loaded. Start the server with --model NAME, or load one.")
+        super().__init__(
+            "No model is loaded. Load one with POST /v1/internal/model/load, or start the server "
+            "with --model NAME."
+        )
 
 
 class CapabilityError(ServerError):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from modules import hub
 from modules.errors import DownloadError, ModelLoadError, ModelNotFoundError
+from modules.load_progress import LoadProgress, LoadStage, Report, report_nothing
 from modules.model_kinds import MODEL_FILES, PIPELINE_FILE, ModelFacts, ModelKind, describe
 from modules.settings import Settings
 
@@ -109,7 +110,12 @@ def build_entry(name: str, path: Path, kind: ModelKind) -> ModelEntry:
     return _to_entry(name, path, replace(facts, kind=kind))
 
 
-def find_model(name: str, settings: Settings, kind: ModelKind = ModelKind.TEXT) -> FoundModel:
+def find_model(
+    name: str,
+    settings: Settings,
+    kind: ModelKind = ModelKind.TEXT,
+    report: Report = report_nothing,
+) -> FoundModel:
     """Look for a model in `model_dir`, as a path, bundled, in the hub's cache and on the hub.
 
     The case of letters only matters where names differ in nothing else. For a kind of HUB_OWNERS,
@@ -128,6 +134,7 @@ def find_model(name: str, settings: Settings, kind: ModelKind = ModelKind.TEXT) 
         raise ModelNotFoundError(f"There is no file or folder {name}.")
     hub_name = f"{HUB_OWNERS[kind]}/{name}" if kind in HUB_OWNERS and "/" not in name else name
     if re.fullmatch(r"[\w.-]+/[\w.-]+", hub_name) and not name.endswith(".gguf"):
+        report(LoadProgress(LoadStage.DOWNLOADING))
         try:
             return FoundModel(hub_name, hub.fetch(hub_name, settings))
         except DownloadError as error:

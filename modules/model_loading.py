@@ -49,6 +49,7 @@ from modules.errors import ModelLoadError, NotBatchableError, ServerError
 from modules.image_processors import can_read_images, load_image_reader
 from modules.image_reader import ImageReader
 from modules.instruction_templates import ChatTemplate, choose_template
+from modules.load_progress import LoadProgress, LoadStage, Report, report_nothing
 from modules.loaded_model import LoadedModel
 from modules.memory import GIB, KVBudget, KVPart, available_memory, free_card_memory
 from modules.model_files import FoundModel, find_model
@@ -109,7 +110,10 @@ def load_model(name: str, settings: Settings, shared: Shared | None = None) -> L
 
 
 def start_loading(
-    name: str, settings: Settings, shared: Shared | None = None
+    name: str,
+    settings: Settings,
+    shared: Shared | None = None,
+    report: Report = report_nothing,
 ) -> Future[LoadedModel]:
     """The same in a thread of its own, which nobody waits for when the program ends.
 
@@ -118,15 +122,17 @@ def start_loading(
     between steps: a step of one token took 26 ms instead of 5. So the inference thread shall be the
     only one that computes and stays.
     """
-    return _start(partial(_find_and_load, name, settings, shared or Shared()))
+    return _start(partial(_find_and_load, name, settings, shared or Shared(), report))
 
 
-def start_looking_for_room(name: str, settings: Settings) -> Future[bool]:
+def start_looking_for_room(
+    name: str, settings: Settings, report: Report = report_nothing
+) -> Future[bool]:
     """Whether `name` can be loaded beside what is in memory already, in a thread likewise.
 
     Raises: ModelNotFoundError, ModelLoadError.
     """
-    return _start(partial(_has_room, name, settings))
+    return _start(partial(_has_room, name, settings, report))
 
 
 def _start(work: Callable[[], Result]) -> Future[Result]:
@@ -143,10 +149,10 @@ def _start(work: Callable[[], Result]) -> Future[Result]:
     return future
 
 
-def _has_room(name: str, settings: Settings) -> bool:
+def _has_room(name: str, settings: Settings, report: Report) -> bool:
     """While weights are loaded, none of them are in fewer bits yet."""
     device = _choose_device(settings)
-    found = find_model(name, settings)
+    found = _find(name, settings, report)
     with blame(found):
         needed = estimate_bytes(found.path, _choose_dtype(settings, device).itemsize)
     return needed * ROOM_FACTOR <= _free_memory(device, settings)
@@ -168,22 +174,34 @@ def estimate_weight_bytes(found: FoundModel, settings: Settings) -> int:
         return estimate_bytes(found.path, _choose_dtype(settings, device).itemsize, quantized)
 
 
-def _find_and_load(name: str, settings: Settings, shared: Shared) -> LoadedModel:
-    found = find_model(name, settings)
+def _find_and_load(name: str, settings: Settings, shared: Shared, report: Report) -> LoadedModel:
+    found = _find(name, settings, report)
     with blame(found), ExitStack() as undo:
-        model = _load(found, settings, shared, undo)
+        model = _load(found, settings, shared, report, undo)
         undo.pop_all()
         return model
 
 
-def _load(found: FoundModel, settings: Settings, shared: Shared, undo: ExitStack) -> LoadedModel:
+def _find(name: str, settings: Settings, report: Report) -> FoundModel:
+    report(LoadProgress(LoadStage.FINDING))
+    try:
+        return find_model(name, settings, report=report)
+    except OSError as error:  # a folder that may not be read, a name that is too long for one
+        raise ModelLoadError(f"{name[:100]} cannot be looked for: {error.strerror}") from error
+
+
+def _load(
+    found: FoundModel, settings: Settings, shared: Shared, report: Report, undo: ExitStack
+) -> LoadedModel:
     """`undo` gets what has to be done if it fails."""
     device = _choose_device(settings)
-    folder = to_folder(found.path, settings)
+    folder = to_folder(found.path, settings, report)
+    report(LoadProgress(LoadStage.LOADING_WEIGHTS))
     tokenizer = _load_tokenizer(folder, settings, is_converted=folder != found.path)
     reader = load_image_reader(folder, _source_options(settings))
     model = _load_weights(folder, settings, device, reads_images=reader is not None)
     wished_model_len = _wished_model_len(model.config, tokenizer, settings)
+    report(LoadProgress(LoadStage.TRYING_OUT))
     if reader is not None:
         try_out_images(found.name, model, reader)
     is_batched = reader is None and try_out(found.name, model, wished_model_len)
@@ -318,7 +336,7 @@ def _first_line(error: BaseException) -> str:
     return ": ".join([type(error).__name__, *lines[:1]])
 
 
-def to_folder(path: Path, settings: Settings) -> Path:
+def to_folder(path: Path, settings: Settings, report: Report = report_nothing) -> Path:
     """The folder of a model in transformers' format, whose weights are whole as far as can be seen
     at once. Raises ModelLoadError, which names the file that is not.
     """
@@ -329,7 +347,11 @@ def to_folder(path: Path, settings: Settings) -> Path:
     # models of other kinds need none of them.
     from modules import gguf
 
-    return gguf.convert(path, settings.model_dir / conversions.FOLDER, print)
+    def tell(line: str) -> None:
+        print(line)
+        report(LoadProgress(LoadStage.CONVERTING))
+
+    return gguf.convert(path, settings.model_dir / conversions.FOLDER, tell)
 
 
 def _load_tokenizer(

@@ -14,11 +14,13 @@ from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from math import inf
 from time import monotonic
 from typing import Any, TypeVar
 
 from modules.engine.inference_thread import InferenceThread
 from modules.errors import ModelNotFoundError, NoModelLoadedError, ServerError
+from modules.load_progress import Report, report_nothing
 from modules.loaded_model import LoadedModel
 from modules.memory import KVBudget
 from modules.model_files import list_models
@@ -26,20 +28,22 @@ from modules.model_loading import Shared, start_loading, start_looking_for_room
 from modules.settings import Settings
 
 Result = TypeVar("Result")
-StartLoading = Callable[[str, Settings, Shared], "Future[LoadedModel]"]
-StartLooking = Callable[[str, Settings], "Future[bool]"]
+StartLoading = Callable[[str, Settings, Shared, Report], "Future[LoadedModel]"]
+StartLooking = Callable[[str, Settings, Report], "Future[bool]"]
 
 # So long may requests go on with a model that has been replaced: a client that does not read its
 # answer must not keep its memory for ever.
 MAX_LEAVING_SECONDS = 600.0
+# So old may the listing of the model folder be that says whether a request's model is there.
+LISTING_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class _Origin:
-    """What a model can be loaded from again, as it was."""
+class _Wish:
+    """What is asked for when a model is loaded, or loaded again as it was."""
 
-    source: str
-    """A name, or a path."""
+    name: str
+    """Maybe a path, or a name of the hub."""
     settings: Settings
 
 
@@ -60,9 +64,9 @@ class _Place:
         return not self._num_leases
 
     @property
-    def origin(self) -> _Origin:
+    def wish(self) -> _Wish:
         adapters = self.model.adapters.names
-        return _Origin(self._source, replace(self.model.settings, lora=adapters))
+        return _Wish(self._source, replace(self.model.settings, lora=adapters))
 
     def lease(self) -> None:
         self._num_leases += 1
@@ -132,11 +136,13 @@ class ModelManager:
         self._max_loaded = settings.max_loaded_models or max(1, len(settings.model))
         self._places: dict[str, _Place] = {}
         self._default: str | None = None
-        self._asleep: dict[str, _Origin] = {}
+        self._asleep: dict[str, _Wish] = {}
         """What was let go because nobody used it, and comes back when somebody does."""
         self._leaving: dict[_Place, asyncio.Task[None]] = {}
         self._changes: set[asyncio.Task[Any]] = set()
         self._turn = asyncio.Lock()
+        self._listing: frozenset[str] = frozenset()
+        self._listed_at = -inf
 
     # Which there are
 
@@ -189,8 +195,9 @@ class ModelManager:
 
     def split(self, name: str | None) -> tuple[str | None, str | None]:
         """`model:adapter` as a model's name and an adapter's, if there is no model of that name."""
+        name = self._settings.model_aliases.get(name or "", name)
         own_name, colon, adapter = (name or "").rpartition(":")
-        if not colon or self._answers_to(name or "") or not self._answers_to(own_name):
+        if not colon or self._is_to_be_had(name or "") or not self._answers_to(own_name):
             return name, None
         return own_name, adapter
 
@@ -200,7 +207,14 @@ class ModelManager:
     def _is_to_be_had(self, name: str) -> bool:
         if name in self._places or name in self._asleep:
             return True
-        return self._settings.model_autoload and name in self.list_names()
+        return self._settings.model_autoload and name in self._list_again()
+
+    def _list_again(self) -> frozenset[str]:
+        """Every request asks; with many models, or a slow disk, looking takes its time."""
+        if monotonic() - self._listed_at > LISTING_SECONDS:
+            self._listing = frozenset(self.list_names())
+            self._listed_at = monotonic()
+        return self._listing
 
     # For requests
 
@@ -218,21 +232,26 @@ class ModelManager:
 
     async def take(self, name: str | None) -> _Place:
         """The place of the model that answers to `name`, leased."""
-        while self.must_load(name):
+        while (own_name := self.find_name(name)) not in self._places:
             await self._change(self._load_for_request(name))
-        place = self._places[self.find_name(name)]
+        place = self._places[own_name]
         place.lease()
         return place
 
     async def _load_for_request(self, name: str | None) -> None:
-        if self.must_load(name):  # else another request has had it loaded meanwhile
-            own_name = self.find_name(name)
-            origin = self._asleep.get(own_name) or _Origin(own_name, self._settings)
-            await self._exchange(origin.source, origin.settings)
+        own_name = self.find_name(name)
+        if own_name not in self._places:  # else another request has had it loaded meanwhile
+            wish = self._asleep.get(own_name, _Wish(own_name, self._settings))
+            await self._exchange(wish, report_nothing)
 
     # Changes
 
-    async def load(self, name: str, overrides: Mapping[str, Any] | None = None) -> LoadedModel:
+    async def load(
+        self,
+        name: str,
+        overrides: Mapping[str, Any] | None = None,
+        report: Report = report_nothing,
+    ) -> LoadedModel:
         """Load a model and make it the default. One of the same name goes then, and where there are
         too many, those that have not been used for longest; each when its requests have ended.
 
@@ -241,11 +260,11 @@ class ModelManager:
         Raises what `load_model` raises; then, everything stays as it was.
         """
         own_name = self._settings.model_aliases.get(name, name)
-        settings = replace(self._settings, **(overrides or {}))
-        return await self._change(self._load(own_name, settings))
+        wish = _Wish(own_name, replace(self._settings, **(overrides or {})))
+        return await self._change(self._load(wish, report))
 
-    async def _load(self, name: str, settings: Settings) -> LoadedModel:
-        model = await self._exchange(name, settings)
+    async def _load(self, wish: _Wish, report: Report) -> LoadedModel:
+        model = await self._exchange(wish, report)
         self._default = model.name
         return model
 
@@ -264,11 +283,15 @@ class ModelManager:
         await self._change(self._unload(name))
 
     async def _unload(self, name: str | None) -> None:
-        names = [name] if name is not None else [*self._places, *self._asleep]
+        own_name = self._settings.model_aliases.get(name or "", name)
+        names = [each for each in (*self._places, *self._asleep) if own_name in (None, each)]
+        if own_name is not None and not names:
+            raise ModelNotFoundError(f"The model {own_name} is not loaded.")
         places = [self._places.pop(each) for each in names if each in self._places]
-        asleep = [self._asleep.pop(each) for each in names if each in self._asleep]
-        if name is not None and not places and not asleep:
-            raise ModelNotFoundError(f"{name} is not loaded.")
+        # Those that had to make room for others, too.
+        places += [place for place in self._leaving if own_name in (None, place.model.name)]
+        for each in names:
+            self._asleep.pop(each, None)
         if self._default in names:
             self._default = next(iter((*self._places, *self._asleep)), None)
         for place in places:
@@ -289,7 +312,7 @@ class ModelManager:
     async def _put_to_sleep(self, timeout: float) -> None:
         for name, place in tuple(self._places.items()):
             if place.is_free and monotonic() - place.used_at >= timeout:
-                self._asleep[name] = place.origin
+                self._asleep[name] = place.wish
                 self._retire(place)
 
     def close(self) -> None:
@@ -311,18 +334,22 @@ class ModelManager:
         task.add_done_callback(self._changes.discard)
         return await asyncio.shield(task)
 
-    async def _exchange(self, name: str, settings: Settings) -> LoadedModel:
+    async def _exchange(self, wish: _Wish, report: Report) -> LoadedModel:
         """Load a model, and let those go that it takes the place of: after that, or before, where
         there is no memory for both.
         """
         await self._wait_for_leaving()
-        leaving = self._choose_leaving(name)
-        if leaving and not await asyncio.wrap_future(self._start_looking_for_room(name, settings)):
-            return await self._load_after(leaving, name, settings)
-        return await self._load_beside(leaving, name, settings)
+        leaving = self._choose_leaving(wish.name)
+        if leaving and not await self._has_room(wish, report):
+            return await self._load_after(leaving, wish, report)
+        return await self._load_beside(leaving, wish, report)
+
+    async def _has_room(self, wish: _Wish, report: Report) -> bool:
+        future = self._start_looking_for_room(wish.name, wish.settings, report)
+        return await asyncio.wrap_future(future)
 
     async def _load_beside(
-        self, leaving: Sequence[_Place], name: str, settings: Settings
+        self, leaving: Sequence[_Place], wish: _Wish, report: Report
     ) -> LoadedModel:
         shared = Shared(
             thread=self._thread,
@@ -330,25 +357,26 @@ class ModelManager:
             num_to_come=max(1, self._max_loaded - len(self._places) + len(leaving)),
             replaced=tuple(place.model for place in leaving),
         )
-        model = await asyncio.wrap_future(self._start_loading(name, settings, shared))
+        future = self._start_loading(wish.name, wish.settings, shared, report)
+        model = await asyncio.wrap_future(future)
         for place in self._choose_leaving(model.name):
             self._retire(place)
-        self.add(model, name)
+        self.add(model, wish)
         return model
 
     async def _load_after(
-        self, leaving: Sequence[_Place], name: str, settings: Settings
+        self, leaving: Sequence[_Place], wish: _Wish, report: Report
     ) -> LoadedModel:
         """If it fails, what had to go for it comes back."""
-        default, origins = self._default, [place.origin for place in leaving]
+        default, wishes = self._default, [place.wish for place in leaving]
         for place in leaving:
             self._retire(place)
         await self._wait_for_leaving()
         try:
-            return await self._load_beside((), name, settings)
+            return await self._load_beside((), wish, report)
         except ServerError:
-            for origin in origins:
-                await self._load_beside((), origin.source, origin.settings)
+            for each in wishes:
+                await self._load_beside((), each, report_nothing)
             self._default = default
             raise
 
@@ -356,9 +384,9 @@ class ModelManager:
         if self._leaving:
             await asyncio.wait(self._leaving.values())
 
-    def add(self, model: LoadedModel, source: str | None = None) -> None:
-        """Make a model that runs one of the loaded ones; `source`: what to load it by again."""
-        self._places[model.name] = _Place(model, source or model.name)
+    def add(self, model: LoadedModel, wish: _Wish | None = None) -> None:
+        """Make a model that runs one of the loaded ones."""
+        self._places[model.name] = _Place(model, wish.name if wish else model.name)
         self._asleep.pop(model.name, None)
         num_surplus = len(self._places) + len(self._asleep) - self._max_loaded
         for name in list(self._asleep)[: max(0, num_surplus)]:

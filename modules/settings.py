@@ -829,6 +829,12 @@ def _refuse_argument(argument: str) -> NoReturn:
     raise SettingsError(f"{flag} is not a known flag{_suggest(flag, known)}")
 
 
+def explain_unknown(name: str, known: Iterable[str]) -> str:
+    """What is wrong with a name that is none of `known`, as a sentence without its full stop."""
+    reason = _FLAGS_OF_OTHERS.get(f"--{name.replace('_', '-')}")
+    return f"{name} {reason}" if reason else f"{name} is not known{_suggest(name, known)}"
+
+
 _KEYS: dict[str, Setting] = {row.key: row for row in SETTINGS if row.key}
 
 # Keys of text-generation-webui's own settings.yaml that steer its web page.

@@ -6,7 +6,8 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -17,7 +18,9 @@ from modules.engine.outputs import FinishReason, TokenOutput, TopLogprobs
 from modules.engine.sequence import SequenceRequest
 from modules.errors import EngineDeadError, GenerationAbortedError
 from modules.instruction_templates import ChatTemplate, TemplateSource
+from modules.load_progress import Report
 from modules.loaded_model import LoadedModel
+from modules.model_loading import Shared
 from modules.models import ModelManager
 from modules.prompt_encoder import PromptEncoder
 from modules.settings import Settings
@@ -178,11 +181,72 @@ class FakeEngine:
             stopped.get_loop().call_soon_threadsafe(stopped.set_result, None)
 
 
+@dataclass(frozen=True, slots=True)
+class BegunLoad:
+    """What was asked of FakeLoading, to be ended by the test."""
+
+    name: str
+    settings: Settings
+    report: Report
+    future: Future[LoadedModel]
+
+    def finish(self) -> FakeEngine:
+        """The model is there; the engine is what it runs on."""
+        engine = FakeEngine()
+        model = build_model(engine, build_tokenizer(), self.settings)
+        self.future.set_result(replace(model, name=Path(self.name).name))
+        return engine
+
+
+@dataclass(slots=True)
+class FakeLoading:
+    """In the place of `start_loading`."""
+
+    waits: bool = True
+    """Until the test ends what was begun, else it is there at once."""
+    error: Exception | None = None
+    """Instead of a model that is there at once."""
+    names: list[str] = field(default_factory=list)
+    """Of all that was asked for."""
+    begun: asyncio.Queue[BegunLoad] = field(default_factory=asyncio.Queue)
+    has_room: bool = True
+    """For a model beside those that are there."""
+
+    def __call__(
+        self, name: str, settings: Settings, shared: Shared, report: Report
+    ) -> Future[LoadedModel]:
+        load = BegunLoad(name, settings, report, Future())
+        self.names.append(name)
+        if self.waits:
+            self.begun.put_nowait(load)
+        elif self.error is not None:
+            load.future.set_exception(self.error)
+        else:
+            load.finish()
+        return load.future
+
+    def look_for_room(self, name: str, settings: Settings, report: Report) -> Future[bool]:
+        """In the place of `start_looking_for_room`."""
+        future: Future[bool] = Future()
+        future.set_result(self.has_room)
+        return future
+
+    async def next(self) -> BegunLoad:
+        """The next one that begins."""
+        return await asyncio.wait_for(self.begun.get(), 10)
+
+
 class FakeModelManager(ModelManager):
     """With a model that is there already, and names of others."""
 
-    def __init__(self, model: LoadedModel | None, names: Sequence[str] = ()) -> None:
-        super().__init__(Settings())
+    def __init__(
+        self,
+        model: LoadedModel | None,
+        names: Sequence[str] = (),
+        settings: Settings | None = None,
+    ) -> None:
+        self.loading = FakeLoading(waits=False)
+        super().__init__(settings or Settings(), self.loading, self.loading.look_for_room)
         self.names = list(names)
         self.model = model
 

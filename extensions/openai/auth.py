@@ -1,7 +1,7 @@
 """API keys: where a request carries one, whether it is right, and the routes that ask for it."""
 
 import hmac
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from fastapi import HTTPException, Request, Response, Security, params
@@ -21,24 +21,28 @@ DOCS_ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def build_router(key: str | None) -> APIRouter:
-    """A router whose routes are open only to clients with `key`; None: to all. Bodies are JSON,
-    unless a route asks for a form.
+def build_router(*keys: str | None) -> APIRouter:
+    """A router whose routes are open only to clients with one of `keys`; None: to all. Bodies are
+    JSON, unless a route asks for a form.
     """
     return APIRouter(
-        route_class=_make_route_class(key), dependencies=[DOCS_SCHEME], responses=DOCS_ERRORS
+        route_class=_make_route_class(keys), dependencies=[DOCS_SCHEME], responses=DOCS_ERRORS
     )
 
 
-def check_key(request: Request, key: str | None) -> None:
-    """Raises HTTPException 401 unless the request carries `key` or none is asked for."""
-    if key is None:
-        return
-    candidates = _read_keys(request)
+def has_key(request: Request, key: str | None) -> bool:
+    """Whether the request carries `key`, or none is asked for."""
     # Compared as bytes: compare_digest refuses text beyond ASCII.
-    if any(hmac.compare_digest(candidate, key.encode()) for candidate in candidates):
+    return key is None or any(
+        hmac.compare_digest(candidate, key.encode()) for candidate in _read_keys(request)
+    )
+
+
+def _check_keys(request: Request, keys: Sequence[str | None]) -> None:
+    """Raises HTTPException 401 unless the request carries one of them."""
+    if any(has_key(request, key) for key in keys):
         return
-    problem = "Incorrect API key provided." if candidates else "No API key provided."
+    problem = "Incorrect API key provided." if _read_keys(request) else "No API key provided."
     raise HTTPException(
         401,
         f"{problem} Send it as `Authorization: Bearer KEY` or as `x-api-key: KEY`.",
@@ -53,7 +57,7 @@ def _read_keys(request: Request) -> list[bytes]:
     return [key.encode("latin-1") for key in keys if key]
 
 
-def _make_route_class(key: str | None) -> type[APIRoute]:
+def _make_route_class(keys: Sequence[str | None]) -> type[APIRoute]:
     class KeyedRoute(APIRoute):
         """Checks the key before anything else.
 
@@ -68,7 +72,7 @@ def _make_route_class(key: str | None) -> type[APIRoute]:
             read = FormRequest if is_form else JsonRequest
 
             async def check_and_handle(request: Request) -> Response:
-                check_key(request, key)
+                _check_keys(request, keys)
                 return await handle(read(request.scope, request.receive))
 
             return check_and_handle

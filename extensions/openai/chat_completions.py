@@ -49,8 +49,7 @@ def add_routes(router: APIRouter, context: Context) -> None:
         request: Request, body: ChatCompletionRequest, lease: ModelLease = leased
     ) -> Response:
         """Reply to a conversation. With `stream`, as server-sent events."""
-        answer = await answer_chat(context, lease, body)
-        return await streaming.send(answer, request, body, context.settings)
+        return await streaming.send(answer_chat, context, lease, request, body)
 
 
 async def answer_chat(

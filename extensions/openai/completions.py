@@ -48,8 +48,7 @@ def add_routes(router: APIRouter, context: Context) -> None:
         request: Request, body: CompletionRequest, lease: ModelLease = leased
     ) -> Response:
         """Continue a text, or several. With `stream`, as server-sent events."""
-        answer = await answer_completion(context, lease, body)
-        return await streaming.send(answer, request, body, context.settings)
+        return await streaming.send(answer_completion, context, lease, request, body)
 
 
 async def answer_completion(

@@ -21,6 +21,7 @@ from extensions.openai.responses import (
     build_image_event,
     build_image_list,
     build_image_usage,
+    build_load_event,
     build_text_chunk,
     build_text_completion,
     build_usage,
@@ -102,6 +103,23 @@ def describe_image_stream(kind: str) -> Responses:
         "example": stream,
     }
     return answer
+
+
+def describe_load() -> Responses:
+    stages = [("finding", None), ("downloading", 0.5), ("loading weights", None), ("ready", None)]
+    events = [to_frame(build_load_event(stage, fraction)) for stage, fraction in stages]
+    return {
+        200: {
+            "description": "`OK`; with `stream`, how far it is as server-sent events.",
+            "content": {
+                "application/json": {"example": "OK"},
+                "text/event-stream": {
+                    "schema": {"type": "string"},
+                    "example": b"".join([*events, DONE]).decode(),
+                },
+            },
+        }
+    }
 
 
 def _describe(model: type[BaseModel], whole: Json, chunks: list[Json]) -> Responses:

@@ -28,6 +28,7 @@ from modules.errors import (
     NotConfiguredError,
     NotSupportedError,
     ObjectNotFoundError,
+    SettingsError,
     StorageFullError,
 )
 
@@ -61,6 +62,7 @@ ERROR_KINDS: dict[type[Exception], ErrorKind] = {
     ContextLengthExceededError: ErrorKind(400, "context_length_exceeded"),
     ModelNotFoundError: ErrorKind(404, "model_not_found"),
     ModelLoadError: ErrorKind(500, "model_load_failed"),
+    SettingsError: ErrorKind(500, "invalid_settings"),
     NoModelLoadedError: ErrorKind(503, "no_model_loaded"),
     CapabilityError: ErrorKind(503, "unavailable"),
     MissingPackageError: ErrorKind(503, "package_missing"),

@@ -3,8 +3,11 @@
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
 
+from extensions.openai.responses import Json
 from extensions.openai.typing import Health, ModelInfo, PresetList
 from modules.context import Context
+from modules.instruction_templates import ChatTemplate
+from modules.loaded_model import LoadedModel
 from modules.presets import list_presets
 from modules.settings import PROJECT_ROOT
 
@@ -21,20 +24,17 @@ def add_routes(router: APIRouter, context: Context) -> None:
 
     @router.get("/v1/internal/model/info", tags=["Internal"], responses={200: {"model": ModelInfo}})
     async def get_model_info() -> Response:
-        """The loaded model, and which chat template it has for which reason; nulls without one."""
-        if not context.models.is_loaded:
-            return JSONResponse({"model_name": None, "lora_names": [], "chat_template": None})
-        model = context.models.current
-        template = model.chat_template
+        """The model that answers where none is named, with its chat template and why it has that
+        one; nulls without one. Then all that are loaded.
+        """
+        model = context.models.current if context.models.is_loaded else None
         return JSONResponse(
             {
-                "model_name": model.name,
-                "lora_names": model.adapters.names,
-                "chat_template": {
-                    "name": template.name,
-                    "source": template.source,
-                    "reason": template.reason,
-                },
+                "model_name": model and model.name,
+                "lora_names": model.adapters.names if model else [],
+                "chat_template": model and _build_template_info(model.chat_template),
+                "models": [_build_model_info(each) for each in context.models.loaded],
+                "asleep": context.models.asleep,
             }
         )
 
@@ -49,3 +49,16 @@ def add_routes(router: APIRouter, context: Context) -> None:
     async def get_presets() -> Response:
         """The names that `preset` may have."""
         return JSONResponse({"preset_names": list_presets(PROJECT_ROOT)})
+
+
+def _build_template_info(template: ChatTemplate) -> Json:
+    return {"name": template.name, "source": template.source, "reason": template.reason}
+
+
+def _build_model_info(model: LoadedModel) -> Json:
+    return {
+        "name": model.name,
+        "device": model.device,
+        "dtype": model.dtype,
+        "max_model_len": model.max_model_len,
+    }

@@ -10,13 +10,14 @@ from fastapi import APIRouter, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
 
 from extensions.openai import streaming
+from extensions.openai.auth import build_router, has_key
 from extensions.openai.chat_completions import answer_chat
 from extensions.openai.completions import answer_completion
 from extensions.openai.docs import describe_chat, describe_completion
 from extensions.openai.leases import depend_on_lease
 from extensions.openai.models import list_models
 from extensions.openai.responses import Json, build_engine, build_engine_list
-from extensions.openai.streaming import Answer, Chunks
+from extensions.openai.streaming import Answer, Chunks, Options
 from extensions.openai.typing import (
     BillingUsage,
     ChatCompletionRequest,
@@ -42,36 +43,52 @@ def add_routes(router: APIRouter, context: Context) -> None:
         ids = [model.id for model in await list_models(context)]
         return JSONResponse(build_engine_list({id: _is_ready(context, id) for id in ids}))
 
-    @router.get(ENGINE, tags=TAGS, responses={200: {"model": Engine}})
-    async def get_engine(engine_id: str) -> Response:
-        """An engine's entry: whichever is asked for."""
+    engine_router = build_router(context.settings.api_key, context.settings.admin_key)
+
+    @engine_router.get(ENGINE, tags=TAGS, responses={200: {"model": Engine}})
+    async def get_engine(request: Request, engine_id: str) -> Response:
+        """An engine's entry, whichever is asked for. With the admin key, a model that is on this
+        machine is loaded first.
+        """
+        own_name = context.settings.model_aliases.get(engine_id, engine_id)
+        is_loadable = not _is_ready(context, own_name) and own_name in context.models.list_names()
+        if is_loadable and has_key(request, context.settings.admin_key):
+            await context.models.load(own_name)
         return JSONResponse(build_engine(engine_id, _is_ready(context, engine_id)))
+
+    router.include_router(engine_router)
 
     # Before the route of completions, whose engine might else be called `NAME/chat`.
     @router.post(f"{ENGINE}/chat/completions", tags=TAGS, responses=describe_chat())
     async def create_engine_chat(
-        request: Request, body: ChatCompletionRequest, lease: ModelLease = leased
+        engine_id: str, request: Request, body: ChatCompletionRequest, lease: ModelLease = leased
     ) -> Response:
-        """The same as /v1/chat/completions; the loaded model answers."""
-        answer = await answer_chat(context, lease, body)
-        return await streaming.send(answer, request, body, context.settings)
+        """The same as /v1/chat/completions, of the engine where `model` names no other."""
+        body = _name_model(body, engine_id)
+        return await streaming.send(answer_chat, context, lease, request, body)
 
     @router.post("/v1/text_completion", tags=TAGS, responses=describe_completion())
-    @router.post(f"{ENGINE}/completions", tags=TAGS, responses=describe_completion())
-    async def create_engine_completion(
+    async def create_text_completion(
         request: Request, body: CompletionRequest, lease: ModelLease = leased
     ) -> Response:
-        """The same as /v1/completions; the loaded model answers."""
-        answer = await answer_completion(context, lease, body)
-        return await streaming.send(answer, request, body, context.settings)
+        """The same as /v1/completions."""
+        return await streaming.send(answer_completion, context, lease, request, body)
+
+    @router.post(f"{ENGINE}/completions", tags=TAGS, responses=describe_completion())
+    async def create_engine_completion(
+        engine_id: str, request: Request, body: CompletionRequest, lease: ModelLease = leased
+    ) -> Response:
+        """The same as /v1/completions, of the engine where `model` names no other."""
+        body = _name_model(body, engine_id)
+        return await streaming.send(answer_completion, context, lease, request, body)
 
     @router.post(f"{ENGINE}/generate", tags=TAGS, responses=describe_completion())
     async def generate(
-        request: Request, body: GenerateRequest, lease: ModelLease = leased
+        engine_id: str, request: Request, body: GenerateRequest, lease: ModelLease = leased
     ) -> Response:
         """A completion, with its choices as `data` too."""
-        answer = _name_data(await answer_completion(context, lease, body))
-        return await streaming.send(answer, request, body, context.settings)
+        body = _name_model(body, engine_id)
+        return await streaming.send(_answer_generate, context, lease, request, body)
 
     gone: dict[int | str, dict[str, Any]] = {
         410: {"model": ErrorResponse, "description": "It is gone."}
@@ -90,11 +107,17 @@ def add_routes(router: APIRouter, context: Context) -> None:
         return JSONResponse({"total_usage": 0})
 
 
+def _name_model(body: Options, engine_id: str) -> Options:
+    return body if body.model else body.model_copy(update={"model": engine_id})
+
+
 def _is_ready(context: Context, engine_id: str) -> bool:
     return context.models.find(engine_id) is not None
 
 
-def _name_data(answer: Answer) -> Answer:
+async def _answer_generate(context: Context, lease: ModelLease, body: GenerateRequest) -> Answer:
+    answer = await answer_completion(context, lease, body)
+
     async def fold(chunks: Chunks) -> Json:
         whole = await answer.fold(chunks)
         return {**whole, "data": whole["choices"]}

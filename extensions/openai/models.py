@@ -127,11 +127,17 @@ def _loaded_names(context: Context) -> dict[str, str | None]:
 
 
 def _list_aliases(settings: Settings, models: Sequence[ListedModel]) -> list[ListedModel]:
+    """Of a model, or of one with an adapter."""
     by_id = {model.id: model for model in models}
-    return [
-        replace(by_id[name], id=alias, alias_of=name)
+    bases = {
+        alias: by_id.get(name) or by_id.get(name.rpartition(":")[0])
         for alias, name in settings.model_aliases.items()
-        if name in by_id and alias not in by_id
+        if alias not in by_id
+    }
+    return [
+        replace(base, id=alias, alias_of=settings.model_aliases[alias])
+        for alias, base in bases.items()
+        if base is not None
     ]
 
 

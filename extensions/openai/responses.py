@@ -209,6 +209,10 @@ def build_page(items: list[Json], has_more: bool) -> Json:
     }
 
 
+def build_load_event(stage: str, fraction: float | None) -> Json:
+    return {"object": "model.load", "stage": stage, "fraction": fraction}
+
+
 def build_engine(engine_id: str, is_ready: bool) -> Json:
     return {"id": engine_id, "object": "engine", "owner": "user", "ready": is_ready}
 

@@ -19,6 +19,7 @@ from extensions.openai import (
     internal,
     legacy,
     logits,
+    model_management,
     models,
     moderations,
     rerank,
@@ -64,6 +65,8 @@ ENDPOINTS = (
     fine_tuning,
     legacy,
 )
+ADMIN_ENDPOINTS = (adapters, model_management)
+"""Those that change what is loaded."""
 
 
 def setup(context: Context) -> None:
@@ -71,9 +74,10 @@ def setup(context: Context) -> None:
     router = build_router(context.settings.api_key)
     for endpoints in ENDPOINTS:
         endpoints.add_routes(router, context)
-    context.app.include_router(router)
     admin_router = build_router(context.settings.admin_key)
-    adapters.add_admin_routes(admin_router, context)
+    for admin_endpoints in ADMIN_ENDPOINTS:
+        admin_endpoints.add_admin_routes(admin_router, context)
+    context.app.include_router(router)
     context.app.include_router(admin_router)
     options_route = OptionsRoute("/{path:path}", _answer_options, methods=["OPTIONS"])
     context.app.router.routes.append(options_route)

@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import Request, Response
@@ -20,6 +21,8 @@ from starlette.types import Receive
 from extensions.openai.errors import ERROR_KINDS, to_error, to_internal_error
 from extensions.openai.responses import Choice, Json
 from extensions.openai.typing import GenerationOptions
+from modules.context import Context
+from modules.models import ModelLease
 from modules.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -27,6 +30,7 @@ logger = logging.getLogger(__name__)
 Chunks = AsyncGenerator[Json, None]
 # One that is bytes is a frame already.
 Event = TypeVar("Event", Json, bytes)
+Options = TypeVar("Options", bound=GenerationOptions)
 Result = TypeVar("Result")
 
 PING_SECONDS = 15
@@ -65,15 +69,28 @@ class JsonAnswer:
 
 
 async def send(
-    answer: Answer, request: Request, options: GenerationOptions, settings: Settings
+    begin: Callable[[Context, ModelLease, Options], Coroutine[Any, Any, Answer]],
+    context: Context,
+    lease: ModelLease,
+    request: Request,
+    body: Options,
 ) -> Response:
-    if not options.stream:
-        return await send_json(_fold_answer(answer), request, settings)
-    dialect = choose_dialect(settings.stream_format, request.headers.get("user-agent", ""))
+    """The answer that `begin` makes.
+
+    Where a model has to be loaded first, a stream begins before that, with pings; what goes wrong
+    is told in it then, and nothing in headers. Raises NoModelLoadedError, and what `begin` raises.
+    """
+    work = partial(begin, context, lease, body)
+    if not body.stream:
+        return await send_json(_fold_answer(work), request, context.settings)
+    answer = None if lease.must_wait(body.model) else await work()
+    chunks = answer.chunks if answer else _begin_late(work)
+    headers = answer.headers if answer else None
+    dialect = choose_dialect(context.settings.stream_format, request.headers.get("user-agent", ""))
     if dialect is Dialect.CLASSIC:
-        return send_events(to_classic(answer.chunks), settings, headers=answer.headers)
-    events = to_openai(answer.chunks, options.stream_options.include_usage)
-    return send_events(events, settings, end=DONE, headers=answer.headers)
+        return send_events(to_classic(chunks), context.settings, headers=headers)
+    events = to_openai(chunks, body.stream_options.include_usage)
+    return send_events(events, context.settings, end=DONE, headers=headers)
 
 
 def send_events(
@@ -120,6 +137,13 @@ async def _log_in_full(events: AsyncGenerator[Event, None]) -> AsyncGenerator[Ev
 
 
 # Streams
+
+
+async def _begin_late(begin: Callable[[], Coroutine[Any, Any, Answer]]) -> Chunks:
+    answer = await begin()
+    async with aclosing(answer.chunks):
+        async for chunk in answer.chunks:
+            yield chunk
 
 
 async def to_frames(
@@ -221,7 +245,8 @@ def _join_logprobs(parts: list[Json] | None) -> Json | None:
     }
 
 
-async def _fold_answer(answer: Answer) -> JsonAnswer:
+async def _fold_answer(begin: Callable[[], Coroutine[Any, Any, Answer]]) -> JsonAnswer:
+    answer = await begin()
     body = await answer.fold(answer.chunks)
     return JsonAnswer(_to_json(body).encode(), answer.headers)
 

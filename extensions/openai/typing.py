@@ -1023,12 +1023,50 @@ class UsedTemplate(BaseModel):
     reason: str = Field(description="In words.")
 
 
+class LoadedModelInfo(BaseModel):
+    name: str
+    device: str
+    dtype: str = Field(description="Of the weights.")
+    max_model_len: int = Field(description="Most tokens of prompt and reply together.")
+
+
 class ModelInfo(BaseModel):
     model_name: str | None
     lora_names: list[str]
     chat_template: UsedTemplate | None = Field(
         description="What makes prompts of messages, unless a request brings another one."
     )
+    models: list[LoadedModelInfo] = Field(description="All that are loaded, the first one first.")
+    asleep: list[str] = Field(
+        description="Those that were unloaded because nobody used them, see `--idle-timeout`; a "
+        "request brings them back."
+    )
+
+
+class ModelNames(BaseModel):
+    model_names: list[str]
+
+
+class ModelLoadRequest(WireModel):
+    model_name: str = Field(
+        min_length=1, description="As `--model` takes it: a name of the list, a path, a hub's name."
+    )
+    args: dict[str, Any] = Field(
+        default={},
+        description="How to load it, instead of what the server was started with: `cpu`, `dtype` "
+        "(`load_in_8bit`, `load_in_4bit`, `bf16`), `device_map`, `max_model_len`, "
+        "`kv_cache_memory`, `max_num_seqs`, `max_num_batched_tokens`, `deterministic`.",
+    )
+    settings: dict[str, Any] = Field(
+        default={},
+        description="How to chat with it: keys of settings.yaml, such as `instruction_template`, "
+        "and `truncation_length`, which is `max_model_len`.",
+    )
+    stream: bool = Field(default=False, description="Tell how far it is, as server-sent events.")
+
+
+class ModelUnloadRequest(WireModel):
+    model_name: str | None = Field(default=None, description="Of one; all, if left out.")
 
 
 class LoadAdaptersRequest(WireModel):

@@ -163,7 +163,7 @@ class AsyncEngine:
         self._die(EngineDeadError("The model has failed; it must be loaded again."))
 
     def let_go(self) -> None:
-        self._die(GenerationAbortedError("The server is shutting this model down."))
+        self._die(GenerationAbortedError("The model was unloaded before this reply was whole."))
         del self._engine  # whoever may still hold this bridge does not hold a model with it
 
     def _step(self) -> list[TokenOutput]:

@@ -218,7 +218,7 @@ async def test_debug_logs_without_warnings(
 
 
 def test_every_error_a_request_can_cause_is_in_the_table() -> None:
-    at_start_only = {errors.SettingsError, errors.ExtensionError, errors.TunnelError}
+    at_start_only = {errors.ExtensionError, errors.TunnelError}
     elsewhere = {errors.DownloadError}
     inside_only = {errors.NotBatchableError}
     families = {errors.ModelError, errors.EngineError, ServerError}

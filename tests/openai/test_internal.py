@@ -33,12 +33,16 @@ async def test_model_info(client: httpx.AsyncClient, manager: FakeModelManager) 
         "model_name": "tiny",
         "lora_names": [],
         "chat_template": template,
+        "models": [{"name": "tiny", "device": "cpu", "dtype": "float32", "max_model_len": 1024}],
+        "asleep": [],
     }
     manager.model = None
     assert (await client.get(path)).json() == {
         "model_name": None,
         "lora_names": [],
         "chat_template": None,
+        "models": [],
+        "asleep": [],
     }
 
 

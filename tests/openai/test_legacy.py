@@ -30,7 +30,7 @@ async def test_without_a_model_no_engine_is_ready(
     assert answer["data"] and not any(engine["ready"] for engine in answer["data"])
 
 
-@pytest.mark.parametrize(("name", "ready"), [("tiny", True), ("other", False), ("org/x", False)])
+@pytest.mark.parametrize(("name", "ready"), [("tiny", True), ("davinci", False), ("org/x", False)])
 async def test_one_engine(client: httpx.AsyncClient, name: str, ready: bool) -> None:
     answer = (await client.get(f"/v1/engines/{name}")).json()
     assert answer == {"id": name, "object": "engine", "owner": "user", "ready": ready}
