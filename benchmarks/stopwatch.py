@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import zip_longest
 
 from modules.engine.engine import Engine
+from modules.engine.low_rank import Adapter
 from modules.engine.sampling_params import SamplingParams
 from modules.engine.sequence import SequenceRequest
 
@@ -21,10 +24,16 @@ def random_prompts(count: int, num_tokens: int, vocab_size: int) -> list[Prompt]
 
 
 def time_decoding(
-    engine: Engine, prompts: list[Prompt], max_tokens: int, params: SamplingParams = GREEDY
+    engine: Engine,
+    prompts: list[Prompt],
+    max_tokens: int,
+    params: SamplingParams = GREEDY,
+    adapters: Sequence[tuple[Adapter, ...]] = (),
 ) -> float:
-    """Tokens per second from when all streams have started until the first has ended."""
-    _add(engine, prompts, max_tokens, params)
+    """Tokens per second from when all streams have started until the first has ended; the first of
+    them with `adapters`.
+    """
+    _add(engine, prompts, max_tokens, params, adapters)
     started: set[str] = set()
     while len(started) < len(prompts):
         started.update(output.request_id for output in engine.step())
@@ -46,16 +55,28 @@ def time_reading(engine: Engine, prompt: Prompt) -> float:
     return time_all(engine, [prompt], 1)
 
 
-def time_all(engine: Engine, prompts: list[Prompt], max_tokens: int) -> float:
+def time_all(
+    engine: Engine,
+    prompts: list[Prompt],
+    max_tokens: int,
+    adapters: Sequence[tuple[Adapter, ...]] = (),
+) -> float:
     """Seconds for everything: all prompts at once, until the last token."""
-    _add(engine, prompts, max_tokens, GREEDY)
+    _add(engine, prompts, max_tokens, GREEDY, adapters)
     start = time.perf_counter()
     while engine.has_unfinished:
         engine.step()
     return time.perf_counter() - start
 
 
-def _add(engine: Engine, prompts: list[Prompt], max_tokens: int, params: SamplingParams) -> None:
+def _add(
+    engine: Engine,
+    prompts: list[Prompt],
+    max_tokens: int,
+    params: SamplingParams,
+    adapters: Sequence[tuple[Adapter, ...]],
+) -> None:
     params = replace(params, max_tokens=max_tokens, ignore_eos=True)
-    for prompt in prompts:
-        engine.add(SequenceRequest(f"{random.getrandbits(64)}", prompt, params))
+    for prompt, own in zip_longest(prompts, adapters, fillvalue=()):
+        name = f"{random.getrandbits(64)}"
+        engine.add(SequenceRequest(name, prompt, params, adapters=own))

@@ -18,6 +18,7 @@ ServerError
 ├── InvalidRequestError              what the client asked for makes no sense; names the field
 │   ├── NotSupportedError            this server does not do such a thing at all
 │   ├── ObjectNotFoundError          no such file or batch
+│   ├── AdapterNotFoundError         no adapter of that name is loaded
 │   ├── StorageFullError             the quota leaves no room for it
 │   ├── ContextLengthExceededError   the prompt does not fit into the model's context
 │   ├── DataFileNotFoundError        no such character, template, preset or grammar
@@ -29,6 +30,8 @@ ServerError
     │   └── NoTokenLeftError         all that might come next has been left out, on request
     └── GenerationAbortedError       the server ended this generation, not the client
 """
+
+from collections.abc import Iterable
 
 
 class ServerError(Exception):
@@ -116,6 +119,13 @@ class NotSupportedError(InvalidRequestError):
 class ObjectNotFoundError(InvalidRequestError):
     def __init__(self, kind: str, object_id: str) -> None:
         super().__init__(f"There is no {kind} {object_id[:100]!r}.", f"{kind}_id")
+
+
+class AdapterNotFoundError(InvalidRequestError):
+    def __init__(self, name: str, loaded: Iterable[str], param: str) -> None:
+        there = ", ".join(loaded)
+        there = f"Loaded are: {there}." if there else "None is."
+        super().__init__(f"The adapter {name[:100]!r} is not loaded. {there}", param)
 
 
 class StorageFullError(InvalidRequestError):

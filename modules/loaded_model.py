@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from modules.adapters import NO_ADAPTER, Adapters
 from modules.engine.async_engine import AsyncEngine
+from modules.engine.low_rank import Adapter
 from modules.errors import InvalidRequestError
 from modules.image_reader import ImageReader
 from modules.instruction_templates import ChatTemplate
@@ -47,6 +49,9 @@ class LoadedModel:
     dtype: str = "float32"
     kv_part: KVPart | None = None
     """Of the memory for keys and values; None if nobody knows how much of it the model takes."""
+    adapters: Adapters
+    applied_adapters: tuple[Adapter, ...] = ()
+    """With which of them it generates."""
 
     def close(self) -> None:
         """Stop its engine, and give back the memory of the model; the tokenizer stays usable.
@@ -55,9 +60,24 @@ class LoadedModel:
         step that is running: not for an event loop's thread.
         """
         self.engine.stop()
+        self.adapters.close()
         if self.kv_part is not None:
             self.kv_part.give_back()
         release_memory()
+
+    def with_adapter(self, name: str | None, param: str = "lora") -> LoadedModel:
+        """This model as a request wants it that names this adapter in the field `param`.
+
+        None: with all adapters that are loaded; "" or "none": with none. Raises
+        AdapterNotFoundError.
+        """
+        if name is None:
+            loaded = self.adapters.all
+            return replace(self, applied_adapters=loaded) if loaded else self
+        if name in ("", NO_ADAPTER):
+            return replace(self, applied_adapters=())
+        adapter = self.adapters.get(name, param)
+        return replace(self, name=f"{self.name}:{name}", applied_adapters=(adapter,))
 
     def check_token_ids(self, token_ids: Iterable[int], param: str) -> None:
         """Raises InvalidRequestError, with the wire name of the field that they came in."""

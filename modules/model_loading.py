@@ -37,6 +37,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from modules import conversions
+from modules.adapters import Adapters
 from modules.engine.async_engine import AsyncEngine
 from modules.engine.cache_manager import BLOCK_SIZE
 from modules.engine.engine import Engine, EngineConfig
@@ -203,6 +204,10 @@ def _load(found: FoundModel, settings: Settings, shared: Shared, undo: ExitStack
     if is_batched:
         pin_rotary_factors(model, config.max_model_len)
     engine = Engine(model, config) if is_batched else GenerateEngine(model, config)
+    adapters = Adapters(
+        found.name, settings.lora_dir, engine.runner.layers if isinstance(engine, Engine) else None
+    )
+    adapters.load(settings.lora)
     # The length is checked where a prompt comes in; transformers would only warn of it.
     tokenizer.model_max_length = int(1e30)
     return LoadedModel(
@@ -227,6 +232,7 @@ def _load(found: FoundModel, settings: Settings, shared: Shared, undo: ExitStack
         device=device,
         dtype=stored or (wished if wished and is_quantized else _dtype_name(model, settings)),
         kv_part=kv_part,
+        adapters=adapters,
         engine=AsyncEngine(engine, shared.thread),  # last: nobody would stop it
     )
 

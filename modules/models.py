@@ -13,7 +13,7 @@ import asyncio
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from time import monotonic
 from typing import Any, TypeVar
 
@@ -34,13 +34,21 @@ StartLooking = Callable[[str, Settings], "Future[bool]"]
 MAX_LEAVING_SECONDS = 600.0
 
 
+@dataclass(frozen=True, slots=True)
+class _Origin:
+    """What a model can be loaded from again, as it was."""
+
+    source: str
+    """A name, or a path."""
+    settings: Settings
+
+
 class _Place:
     """A loaded model, and who uses it."""
 
     def __init__(self, model: LoadedModel, source: str) -> None:
         self.model = model
-        self.source = source
-        """The name, or the path, that it was loaded by."""
+        self._source = source
         self.used_at = monotonic()
         """When a request last began or ended with it."""
         self._num_leases = 0
@@ -50,6 +58,11 @@ class _Place:
     @property
     def is_free(self) -> bool:
         return not self._num_leases
+
+    @property
+    def origin(self) -> _Origin:
+        adapters = self.model.adapters.names
+        return _Origin(self._source, replace(self.model.settings, lora=adapters))
 
     def lease(self) -> None:
         self._num_leases += 1
@@ -81,16 +94,21 @@ class ModelLease:
 
     def must_wait(self, name: str | None) -> bool:
         """Whether `get` has to load something first. Raises NoModelLoadedError."""
-        return self._manager.must_load(name)
+        return self._manager.must_load(self._manager.split(name)[0])
 
-    async def get(self, name: str | None = None) -> LoadedModel:
-        """The model that answers to `name`, see `ModelManager.find_name`. Once per lease.
+    async def get(self, name: str | None = None, lora: str | None = None) -> LoadedModel:
+        """The model that answers to `name`, see `ModelManager.find_name`, with the adapter that
+        `lora` names, or else `name` after a colon. Once per lease.
 
-        Raises: NoModelLoadedError; where it has to be loaded first, what `load` raises.
+        Raises: NoModelLoadedError, AdapterNotFoundError; where a model has to be loaded first, what
+        `load` raises.
         """
         assert self._place is None
-        self._place = await self._manager.take(name)
-        return self._place.model
+        own_name, adapter = self._manager.split(name)
+        self._place = await self._manager.take(own_name)
+        if lora is not None:
+            return self._place.model.with_adapter(lora, "lora")
+        return self._place.model.with_adapter(adapter, "model")
 
     def close(self) -> None:
         if self._place is not None:
@@ -105,7 +123,8 @@ class ModelManager:
         start_loading: StartLoading = start_loading,
         start_looking_for_room: StartLooking = start_looking_for_room,
     ) -> None:
-        self._settings = settings
+        self._settings = replace(settings, lora=())
+        self._first_lora = settings.lora
         self._start_loading = start_loading
         self._start_looking_for_room = start_looking_for_room
         self._thread = InferenceThread()
@@ -113,7 +132,7 @@ class ModelManager:
         self._max_loaded = settings.max_loaded_models or max(1, len(settings.model))
         self._places: dict[str, _Place] = {}
         self._default: str | None = None
-        self._asleep: dict[str, _Place] = {}
+        self._asleep: dict[str, _Origin] = {}
         """What was let go because nobody used it, and comes back when somebody does."""
         self._leaving: dict[_Place, asyncio.Task[None]] = {}
         self._changes: set[asyncio.Task[Any]] = set()
@@ -168,6 +187,16 @@ class ModelManager:
             raise NoModelLoadedError
         return self._default
 
+    def split(self, name: str | None) -> tuple[str | None, str | None]:
+        """`model:adapter` as a model's name and an adapter's, if there is no model of that name."""
+        own_name, colon, adapter = (name or "").rpartition(":")
+        if not colon or self._answers_to(name or "") or not self._answers_to(own_name):
+            return name, None
+        return own_name, adapter
+
+    def _answers_to(self, name: str) -> bool:
+        return self._is_to_be_had(self._settings.model_aliases.get(name, name))
+
     def _is_to_be_had(self, name: str) -> bool:
         if name in self._places or name in self._asleep:
             return True
@@ -198,10 +227,8 @@ class ModelManager:
     async def _load_for_request(self, name: str | None) -> None:
         if self.must_load(name):  # else another request has had it loaded meanwhile
             own_name = self.find_name(name)
-            if place := self._asleep.get(own_name):
-                await self._exchange(place.source, place.model.settings)
-            else:
-                await self._exchange(own_name, self._settings)
+            origin = self._asleep.get(own_name) or _Origin(own_name, self._settings)
+            await self._exchange(origin.source, origin.settings)
 
     # Changes
 
@@ -224,8 +251,10 @@ class ModelManager:
 
     async def load_all(self, names: Sequence[str]) -> None:
         """At start; the first one is the default. Raises what `load_model` raises."""
-        models = [await self.load(name) for name in names]
-        self._default = models[0].name
+        first = await self.load(names[0], {"lora": self._first_lora})
+        for name in names[1:]:
+            await self.load(name)
+        self._default = first.name
 
     async def unload(self, name: str | None = None) -> None:
         """Let a model go, or all; what they are still generating fails with a typed error.
@@ -260,7 +289,7 @@ class ModelManager:
     async def _put_to_sleep(self, timeout: float) -> None:
         for name, place in tuple(self._places.items()):
             if place.is_free and monotonic() - place.used_at >= timeout:
-                self._asleep[name] = place
+                self._asleep[name] = place.origin
                 self._retire(place)
 
     def close(self) -> None:
@@ -311,15 +340,15 @@ class ModelManager:
         self, leaving: Sequence[_Place], name: str, settings: Settings
     ) -> LoadedModel:
         """If it fails, what had to go for it comes back."""
-        default = self._default
+        default, origins = self._default, [place.origin for place in leaving]
         for place in leaving:
             self._retire(place)
         await self._wait_for_leaving()
         try:
             return await self._load_beside((), name, settings)
         except ServerError:
-            for place in leaving:
-                await self._load_beside((), place.source, place.model.settings)
+            for origin in origins:
+                await self._load_beside((), origin.source, origin.settings)
             self._default = default
             raise
 

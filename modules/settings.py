@@ -141,6 +141,13 @@ class Settings:
         "Minutes without requests until a model is unloaded, to be loaded by the next; 0: never.",
         minimum=0,
     )
+    lora: tuple[str, ...] = setting(
+        MODEL,
+        (),
+        "Adapters (LoRA) to load with the first model: folders in the adapter folder.",
+        is_split=False,
+    )
+    lora_dir: Path = setting(MODEL, PROJECT_ROOT / "loras", "Folder that holds the adapters.")
     cpu: bool = setting(MODEL, False, "Run the model on the CPU even if there is a GPU.")
     dtype: Dtype = setting(
         MODEL,
@@ -868,7 +875,7 @@ _FLAGS_OF_OTHERS: dict[str, str] = {
         "is not offered; a model runs on a card if there is one, see --cpu and --device-map": """
             auto-devices gpu-memory cpu-memory disk disk-cache-dir
             """,
-        "is not offered yet": "lora lora-dir multimodal-pipeline",
+        "is not offered yet": "multimodal-pipeline",
         "is not needed; it is decided when the model is loaded": """
             no-cache force-safetensors no-use-fast use-flash-attention-2 attn-implementation
             alpha-value rope-freq-base compress-pos-emb

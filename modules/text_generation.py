@@ -334,6 +334,7 @@ def _build_choices(
                 params,
                 negative_prompt_token_ids=prompt.negative_token_ids,
                 logits_processors=processors[choice_index] if processors else (),
+                adapters=model.applied_adapters,
                 is_background=request.is_background,
                 images=request.images,
             )

@@ -12,6 +12,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from modules.adapters import Adapters
 from modules.engine.outputs import FinishReason, TokenOutput, TopLogprobs
 from modules.engine.sequence import SequenceRequest
 from modules.errors import EngineDeadError, GenerationAbortedError
@@ -233,6 +234,7 @@ def build_model(
 ) -> LoadedModel:
     return LoadedModel(
         name="tiny",
+        adapters=Adapters("tiny", Path("loras"), None),
         path=Path("tiny"),
         settings=settings or Settings(),
         engine=engine,

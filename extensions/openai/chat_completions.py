@@ -60,7 +60,7 @@ async def answer_chat(
     is_background: bool = False,
 ) -> Answer:
     """Raises what `ModelLease.get`, `prepare_chat` and `generate` raise."""
-    model = await lease.get(body.model)
+    model = await lease.get(body.model, body.lora)
     body = await asyncio.to_thread(fill_from_preset, body, PROJECT_ROOT)
     body, state, prompt = await prepare_chat(context, model, body)
     request = await asyncio.to_thread(_to_text_request, model, body, prompt)

@@ -56,7 +56,7 @@ async def answer_completion(
     context: Context, lease: ModelLease, body: CompletionRequest, is_background: bool = False
 ) -> Answer:
     """Raises what `ModelLease.get` and `generate` raise."""
-    model = await lease.get(body.model)
+    model = await lease.get(body.model, body.lora)
     # In a thread: a file may have to be read, and the first search for tokens takes a while.
     body = await asyncio.to_thread(fill_from_preset, body, PROJECT_ROOT)
     body, state = await modify_state(context.extensions, body, model)

@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from modules.errors import (
+    AdapterNotFoundError,
     BackendError,
     CapabilityError,
     ContextLengthExceededError,
@@ -55,6 +56,7 @@ ERROR_KINDS: dict[type[Exception], ErrorKind] = {
     # Not 501: clients would try again.
     NotSupportedError: ErrorKind(400, "not_supported"),
     ObjectNotFoundError: ErrorKind(404),
+    AdapterNotFoundError: ErrorKind(404, "model_not_found"),
     StorageFullError: ErrorKind(413, "storage_quota_exceeded"),
     ContextLengthExceededError: ErrorKind(400, "context_length_exceeded"),
     ModelNotFoundError: ErrorKind(404, "model_not_found"),

@@ -29,7 +29,7 @@ def add_routes(router: APIRouter, context: Context) -> None:
         return JSONResponse(
             {
                 "model_name": model.name,
-                "lora_names": [],
+                "lora_names": model.adapters.names,
                 "chat_template": {
                     "name": template.name,
                     "source": template.source,

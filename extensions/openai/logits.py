@@ -34,7 +34,7 @@ def add_routes(router: APIRouter, context: Context) -> None:
     @router.post("/v1/internal/logits", tags=["Internal"], responses={200: {"model": NextTokens}})
     async def get_logits(body: LogitsRequest, lease: ModelLease = leased) -> Response:
         """The likeliest next tokens of a prompt and their probabilities, the likeliest first."""
-        model = await lease.get(body.model)
+        model = await lease.get(body.model, body.lora)
         body = await asyncio.to_thread(fill_from_preset, body, PROJECT_ROOT)
         if body.top_logits > model.vocab_size:
             message = f"The model has only {model.vocab_size} tokens."

@@ -8,6 +8,7 @@ from starlette.routing import Match, Route
 from starlette.types import Scope
 
 from extensions.openai import (
+    adapters,
     batches,
     chat_completions,
     completions,
@@ -71,6 +72,9 @@ def setup(context: Context) -> None:
     for endpoints in ENDPOINTS:
         endpoints.add_routes(router, context)
     context.app.include_router(router)
+    admin_router = build_router(context.settings.admin_key)
+    adapters.add_admin_routes(admin_router, context)
+    context.app.include_router(admin_router)
     options_route = OptionsRoute("/{path:path}", _answer_options, methods=["OPTIONS"])
     context.app.router.routes.append(options_route)
     add_docs(context.app)

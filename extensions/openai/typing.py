@@ -559,7 +559,12 @@ class GenerationOptions(SamplingOptions):
     model: str | None = Field(
         default=None,
         description="Name of a model that is loaded, or can be, see `--model-autoload`. For any "
-        "other name the first one answers.",
+        "other name the first one answers. `model:adapter` names an adapter too.",
+    )
+    lora: str | None = Field(
+        default=None,
+        description="Name of the adapter (LoRA) that is to answer; `none`: the model without any. "
+        "Left out: all that are loaded, together.",
     )
     stream: bool = Field(
         default=False, description="Send the answer in pieces, as server-sent events."
@@ -1024,6 +1029,29 @@ class ModelInfo(BaseModel):
     chat_template: UsedTemplate | None = Field(
         description="What makes prompts of messages, unless a request brings another one."
     )
+
+
+class LoadAdaptersRequest(WireModel):
+    model_config = _example({"lora_names": ["my-adapter"]})
+
+    lora_names: list[str] = Field(
+        min_length=1, description="Folders in the adapter folder. One that is loaded is read anew."
+    )
+    model: str | None = Field(
+        default=None, description="Name of the loaded model that they are for."
+    )
+
+
+class UnloadAdaptersRequest(WireModel):
+    model_config = _example({})
+
+    model: str | None = Field(
+        default=None, description="Name of the loaded model that shall have none."
+    )
+
+
+class AdapterList(BaseModel):
+    lora_names: list[str] = Field(description="Those in the adapter folder, loaded or not.")
 
 
 class Health(BaseModel):

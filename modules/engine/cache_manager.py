@@ -2,14 +2,15 @@
 
 Memory is cut into blocks of as many tokens each. A sequence holds a table of the blocks that its
 tokens lie in, in order. A block that is full and computed is known by its content, and whoever
-begins with the same tokens holds it too; without a holder it is retained until its memory is
-needed. Other blocks are free, and the one that was given back last is used first, so that resident
-memory follows the tokens that are alive.
+begins with the same tokens, and has the same salt, holds it too; without a holder it is retained
+until its memory is needed. Other blocks are free, and the one that was given back last is used
+first, so that resident memory follows the tokens that are alive.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Hashable
 from dataclasses import dataclass
 from itertools import count
 
@@ -26,6 +27,8 @@ class Content:
     parent: int
     """The number that the content of the block before has been given; 0: there is none."""
     token_ids: tuple[int, ...]
+    salt: Hashable = ()
+    """The sequence's `cache_salt`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +161,8 @@ class CacheManager:
         """Of the block at `index`; the one before, which is recorded, is in `blocks`."""
         parent = self._contents[blocks[index - 1]][1] if index else 0
         start = index * self.block_size
-        return Content(parent, tuple(seq.token_ids[start : start + self.block_size]))
+        token_ids = tuple(seq.token_ids[start : start + self.block_size])
+        return Content(parent, token_ids, seq.cache_salt)
 
     def _hold(self, block: int) -> None:
         self._num_references[block] += 1

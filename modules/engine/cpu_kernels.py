@@ -602,10 +602,13 @@ def quantize(x: Any, out: Any) -> None:
 
 
 @njit(parallel=True, fastmath=True, cache=True)
-def quantize_normed(x: Any, weight: Any, epsilon: Any, weighted: Any, out: Any) -> None:
+def quantize_normed(
+    x: Any, weight: Any, epsilon: Any, weighted: Any, factors: Any, out: Any
+) -> None:
     """`quantize` of x with each row divided by its root mean square, times `weight`.
 
-    weighted: like x, to work in.
+    The same without rounding is weighted × factors, which are left to the caller: like x, and
+    [num_rows].
     """
     for row in prange(x.shape[0]):
         total = np.float32(0)
@@ -613,8 +616,8 @@ def quantize_normed(x: Any, weight: Any, epsilon: Any, weighted: Any, out: Any) 
             total += x[row, i] * x[row, i]
             weighted[row, i] = x[row, i] * weight[i]
         mean = total / np.float32(x.shape[1])
-        factor = np.float32(1) / np.sqrt(mean + epsilon)
-        _quantize_row(weighted[row], factor, row, out)
+        factors[row] = np.float32(1) / np.sqrt(mean + epsilon)
+        _quantize_row(weighted[row], factors[row], row, out)
 
 
 @njit(parallel=True, fastmath=True, cache=True)
@@ -822,40 +825,144 @@ def _multiply_floats(
     num_rows = out.shape[0]
     for row in range(0, num_rows, _TILE_ROWS):
         count = min(num_rows - row, _TILE_ROWS)
-        a_at = a.ctypes.data + row * a.shape[1] * 4
-        factors_at = factors.ctypes.data + row * 4
-        column = 0
-        while column < num_columns:
-            b_at = b.ctypes.data + column * b.itemsize
-            out_at = out.ctypes.data + (row * out.shape[1] + column) * 4
-            if column + _TILE_COLUMNS <= num_columns:
-                _float_tile(
-                    count,
-                    a_at,
-                    a.shape[1],
-                    b_at,
-                    b.shape[1],
-                    b,
-                    num_steps,
-                    factors_at,
-                    out_at,
-                    out.shape[1],
+        _multiply_float_rows(
+            count,
+            a,
+            row,
+            b.ctypes.data,
+            b,
+            b.shape[1],
+            num_steps,
+            num_columns,
+            factors,
+            out,
+            row,
+            0,
+        )
+
+
+@njit
+def _multiply_float_rows(
+    count: Any,
+    a: Any,
+    a_row: Any,
+    b: Any,
+    like_b: Any,
+    b_stride: Any,
+    num_steps: Any,
+    num_columns: Any,
+    factors: Any,
+    out: Any,
+    out_row: Any,
+    out_column: Any,
+) -> None:
+    """The same for so many rows as a tile has at most; `b` is an address.
+
+    Their results are written from `out_row` and `out_column` on; `factors` are as many as rows of
+    `out`.
+    """
+    a_at = a.ctypes.data + a_row * a.shape[1] * 4
+    factors_at = factors.ctypes.data + out_row * 4
+    column = 0
+    while column < num_columns:
+        b_at = b + column * like_b.itemsize
+        out_at = out.ctypes.data + (out_row * out.shape[1] + out_column + column) * 4
+        if column + _TILE_COLUMNS <= num_columns:
+            _float_tile(
+                count,
+                a_at,
+                a.shape[1],
+                b_at,
+                b_stride,
+                like_b,
+                num_steps,
+                factors_at,
+                out_at,
+                out.shape[1],
+            )
+            column += _TILE_COLUMNS
+        else:
+            _narrow_float_tile(
+                count,
+                a_at,
+                a.shape[1],
+                b_at,
+                b_stride,
+                like_b,
+                num_steps,
+                factors_at,
+                out_at,
+                out.shape[1],
+            )
+            column += _LANES
+
+
+# Low-rank updates
+
+
+class LowRankUpdates(NamedTuple):
+    """What is added to the projections' results for some rows of a step; without tiles, nothing.
+
+    Projections are numbered: queries, keys, values; output; gate, up; down. An entry is one
+    adapter. Addresses, as the number of adapters in a step shall not be a part of a type.
+    """
+
+    tiles: Any
+    """int64 [num_tiles, 4], neighbouring rows that get the same: the first one, how many (as many
+    as a tile has at most); their first entry, and the one after their last."""
+    ranks: Any
+    """int64 [num_entries, 7]: padded to whole vectors; 0: that projection is not changed."""
+    downs: Any
+    """int64 [num_entries, 7]: addresses of float32 [num_layers, num_inputs, rank]."""
+    ups: Any
+    """int64 [num_entries, 7]: addresses of float32 [num_layers, rank, columns]."""
+    columns: Any
+    """int64 [7, 2]: the first one of a projection's results in their rows, and how many, padded to
+    whole vectors."""
+
+
+@njit(parallel=True, cache=True)
+def add_low_rank(
+    x: Any, factors: Any, updates: Any, layer: Any, first: Any, end: Any, out: Any
+) -> None:
+    """out += what the updates of the projections from `first` to before `end` make of x × factors.
+
+    x: [num_rows, num_inputs]; factors: [num_rows]; out: as of `multiply`.
+    """
+    num_inputs = x.shape[1]
+    for tile in prange(updates.tiles.shape[0]):
+        row, count, first_entry, end_entry = updates.tiles[tile]
+        nothing = np.zeros(count, np.float32)
+        everything = np.ones(out.shape[0], np.float32)
+        for entry in range(first_entry, end_entry):
+            for projection in range(first, end):
+                rank = updates.ranks[entry, projection]
+                if rank == 0:
+                    continue
+                column, num_columns = updates.columns[projection]
+                down = updates.downs[entry, projection] + layer * num_inputs * rank * 4
+                up = updates.ups[entry, projection] + layer * rank * num_columns * 4
+                reduced = np.zeros((count, rank), np.float32)
+                _multiply_float_rows(
+                    count, x, row, down, x, rank, num_inputs, rank, nothing, reduced, 0, 0
                 )
-                column += _TILE_COLUMNS
-            else:
-                _narrow_float_tile(
+                for i in range(count):
+                    for j in range(rank):
+                        reduced[i, j] *= factors[row + i]
+                _multiply_float_rows(
                     count,
-                    a_at,
-                    a.shape[1],
-                    b_at,
-                    b.shape[1],
-                    b,
-                    num_steps,
-                    factors_at,
-                    out_at,
-                    out.shape[1],
+                    reduced,
+                    0,
+                    up,
+                    x,
+                    num_columns,
+                    rank,
+                    num_columns,
+                    everything,
+                    out,
+                    row,
+                    column,
                 )
-                column += _LANES
 
 
 # Layers
@@ -894,16 +1001,21 @@ def run_layers(
     key_caches: Any,
     value_caches: Any,
     no_sinks: Any,
+    updates: Any,
 ) -> None:
     """What the layers make of `hidden` [num_tokens, hidden_size], in place.
 
     `num_gated`: inputs of the down projection. The caches are those of `store`, [num_layers, ...].
+    `updates`: LowRankUpdates.
     """
     num_tokens = hidden.shape[0]
     normed = make_levels(num_tokens, weights.qkv)
     attended_levels = make_levels(num_tokens, weights.output)
     gated_levels = make_levels(num_tokens, weights.down)
     weighted = np.empty(hidden.shape, np.float32)
+    factors = np.empty(num_tokens, np.float32)
+    unchanged = np.ones(num_tokens, np.float32)
+    is_updated = updates.tiles.shape[0] > 0
     qkv = np.empty((num_tokens, weights.qkv.packed.shape[1] * PANEL), np.float32)
     attended = np.empty((num_tokens, num_heads * head_dim), np.float32)
     added = np.empty((num_tokens, weights.output.packed.shape[1] * PANEL), np.float32)
@@ -915,8 +1027,10 @@ def run_layers(
     for layer in range(weights.windows.shape[0]):
         masking = Masking(scale, weights.windows[layer], np.float32(0), no_sinks)
         norms, epsilons = weights.norms[layer], weights.epsilons[layer]
-        quantize_normed(hidden, norms[0], epsilons[0], weighted, normed)
+        quantize_normed(hidden, norms[0], epsilons[0], weighted, factors, normed)
         multiply(normed, weights.qkv, layer, qkv)
+        if is_updated:
+            add_low_rank(weighted, factors, updates, layer, 0, 3, qkv)
         if weights.biases.shape[1]:
             qkv += weights.biases[layer]
         rotate(qkv, head_dim, num_heads + num_kv_heads, cos, sin)
@@ -924,11 +1038,17 @@ def run_layers(
         attend(queries, segments, masking, key_caches[layer], value_caches[layer], attended)
         quantize(attended, attended_levels)
         multiply(attended_levels, weights.output, layer, added)
+        if is_updated:
+            add_low_rank(attended, unchanged, updates, layer, 3, 4, added)
         add(hidden, added)
-        quantize_normed(hidden, norms[1], epsilons[1], weighted, normed)
+        quantize_normed(hidden, norms[1], epsilons[1], weighted, factors, normed)
         multiply(normed, weights.gate_up, layer, gate_up)
+        if is_updated:
+            add_low_rank(weighted, factors, updates, layer, 4, 6, gate_up)
         quantize_gated(gate_up, mixed_size, gated, gated_levels)
         multiply(gated_levels, weights.down, layer, added)
+        if is_updated:
+            add_low_rank(gated, unchanged, updates, layer, 6, 7, added)
         add(hidden, added)
 
 

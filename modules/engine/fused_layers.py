@@ -7,8 +7,13 @@ left as it is.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import numba
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -22,6 +27,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from modules.engine import cpu_kernels
 from modules.engine.cpu_attention import CpuAttentionBatch
+from modules.engine.low_rank import AdaptedRows, Adapter, LowRank, Shapes, Updates
 from modules.engine.quantization import Int4Weights, Int8Weights, Rotation, Weights, hadamard
 
 # Layers whose forward is, to the letter, the one below.
@@ -31,6 +37,14 @@ KNOWN_LAYERS: tuple[type[nn.Module], ...] = (
     Qwen2DecoderLayer,
 )
 
+
+PROJECTIONS = (
+    *(f"self_attn.{name}_proj" for name in "qkvo"),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+)
+"""By the numbers that `cpu_kernels.LowRankUpdates` has for them."""
+
+LANES = cpu_kernels.UNIT.lanes
 
 FORMATS: dict[str, type[Weights]] = {"int8": Int8Weights, "int4": Int4Weights}
 
@@ -50,13 +64,14 @@ def quantize_model(model: PreTrainedModel, dtype: str = "int8") -> bool:
     head_weight, rotation, norm_weight = head.weight.detach().float(), None, None
     if dtype == "int8":
         rotation = Rotation(base.config.hidden_size)
-        head_weight = rotation.apply(_fold(head.weight, base.norm))
         norm_weight = base.norm.weight.detach().float()
+        head_weight = rotation.apply(head_weight * norm_weight)
         base.norm.weight.data = torch.ones_like(base.norm.weight)
         base.embed_tokens.weight = nn.Parameter(
             rotation.apply(base.embed_tokens.weight.detach().float()), requires_grad=False
         )
-    base.layers = nn.ModuleList([FusedLayers(layers, FORMATS[dtype], rotation)])
+    path = f"{model.base_model_prefix}.layers"
+    base.layers = nn.ModuleList([FusedLayers(path, layers, FORMATS[dtype], rotation)])
     model.set_output_embeddings(_Int8Head(head_weight, head.bias, rotation, norm_weight))
     for parameter in model.parameters():
         # One tensor that still lies in the mapped file of weights would keep all of it in memory.
@@ -72,14 +87,26 @@ def _is_known(layer: Any) -> bool:
     return type(mlp.act_fn) in (nn.SiLU, SiLUActivation) and all(p.bias is None for p in unbiased)
 
 
+def find_fused_layers(model: PreTrainedModel) -> FusedLayers | None:
+    layers = getattr(model.base_model, "layers", None) or [None]
+    return layers[0] if isinstance(layers[0], FusedLayers) else None
+
+
 class FusedLayers(nn.Module):
-    """All layers of a model. It stands where the first of them stood."""
+    """All layers of a model. It stands where the first of them stood.
+
+    See `AdaptableLayers` for how adapters change them.
+    """
 
     def __init__(
-        self, layers: nn.ModuleList, kind: type[Weights], rotation: Rotation | None
+        self, path: str, layers: nn.ModuleList, kind: type[Weights], rotation: Rotation | None
     ) -> None:
-        """`rotation`: that of the hidden states."""
+        """`path`: that of the layers in the model; `rotation`: that of the hidden states."""
         super().__init__()
+        self._path = path
+        self._rotation = rotation
+        self._folded_norms = [_norm_weights(layer) for layer in layers] if rotation else []
+        self._updates = NO_UPDATES
         first: Any = layers[0]
         attention, mlp = first.self_attn, first.mlp
         self._head_dim: int = attention.head_dim
@@ -87,8 +114,15 @@ class FusedLayers(nn.Module):
         self._num_kv_heads = attention.k_proj.out_features // self._head_dim
         self._scale = np.float32(attention.scaling)
         hidden_size, num_gated = mlp.gate_proj.in_features, mlp.gate_proj.out_features
-        num_qkv = (self._num_heads + 2 * self._num_kv_heads) * self._head_dim
+        num_queries, num_keys = (
+            count * self._head_dim for count in (self._num_heads, self._num_kv_heads)
+        )
+        num_qkv = num_queries + 2 * num_keys
         self._num_gated = num_gated
+        self._num_inputs = (*(hidden_size,) * 3, num_queries, hidden_size, hidden_size, num_gated)
+        of_attention = num_queries, num_keys, num_keys, hidden_size
+        self._num_outputs = (*of_attention, num_gated, num_gated, hidden_size)
+        self._first_columns = (0, num_queries, num_queries + num_keys, 0, 0, num_gated, 0)
         self._mixed_size = _mixed_size(num_gated) if rotation else 1
         qkv = kind(len(layers), num_qkv, hidden_size)
         output = kind(len(layers), hidden_size, self._num_heads * self._head_dim)
@@ -109,8 +143,8 @@ class FusedLayers(nn.Module):
                 parts = _rotate_weights(layer, rotation, self._mixed_size)
             else:
                 parts = _collect_weights(layer)
-                for row, norm in zip(self._weights.norms[index], _norms(layer), strict=True):
-                    row[:] = norm.weight.detach().float().numpy()
+                for row, norm in zip(self._weights.norms[index], _norm_weights(layer), strict=True):
+                    row[:] = norm.numpy()
             for weights, weight in zip((qkv, output, gate_up, down), parts, strict=True):
                 weights.set(index, weight)
 
@@ -143,8 +177,122 @@ class FusedLayers(nn.Module):
             keys,
             values,
             cpu_kernels.NO_SINKS,
+            self._updates,
         )
         return torch.from_numpy(hidden)[None]
+
+    @property
+    def shapes(self) -> Shapes:
+        sizes = zip(self._num_inputs, self._num_outputs, strict=True)
+        of_one = dict(zip(PROJECTIONS, sizes, strict=True))
+        return {
+            f"{self._path}.{layer}.{name}": shape
+            for layer in range(len(self._weights.windows))
+            for name, shape in of_one.items()
+        }
+
+    def prepare(self, name: str, updates: Updates) -> Adapter:
+        weights = [self._stack(number, updates) for number in range(len(PROJECTIONS))]
+        return Adapter(name, weights)
+
+    @contextmanager
+    def adapting(self, rows: tuple[AdaptedRows, ...]) -> Iterator[None]:
+        if not rows:
+            yield
+            return
+        self._updates = _to_updates(rows, self._columns)
+        try:
+            yield
+        finally:
+            self._updates = NO_UPDATES
+
+    @cached_property
+    def _columns(self) -> NDArray[np.int64]:
+        """As of `LowRankUpdates`: the whole vectors that a projection's results lie in."""
+        firsts = np.array(self._first_columns)
+        ends = firsts + self._num_outputs
+        starts = firsts - firsts % LANES
+        return np.stack([starts, -(-ends // LANES) * LANES - starts], axis=1)
+
+    def _stack(self, projection: int, updates: Updates) -> _Stacked | None:
+        """What changes one projection, of all layers; None: nothing does."""
+        paths = [
+            f"{self._path}.{layer}.{PROJECTIONS[projection]}"
+            for layer in range(len(self._weights.windows))
+        ]
+        rank = max((len(updates[path].down) for path in paths if path in updates), default=0)
+        if rank == 0:
+            return None
+        start, num_columns = self._columns[projection]
+        first = self._first_columns[projection] - start
+        rank = -(-rank // LANES) * LANES
+        downs = np.zeros((len(paths), self._num_inputs[projection], rank), np.float32)
+        ups = np.zeros((len(paths), rank, num_columns), np.float32)
+        for layer, path in enumerate(paths):
+            if path in updates:
+                down, up = self._fit(layer, projection, updates[path])
+                downs[layer, :, : len(down)] = down.t().numpy()
+                ups[layer, : len(down), first : first + len(up)] = up.t().numpy()
+        return _Stacked(downs, ups)
+
+    def _fit(self, layer: int, projection: int, update: LowRank) -> tuple[Tensor, Tensor]:
+        """As `_rotate_weights` changes the weight that it is added to."""
+        down, up = update.down.float(), update.up.float()
+        if self._rotation is None:
+            return down, up
+        match PROJECTIONS[projection]:
+            case "self_attn.o_proj":
+                return down, self._rotation.apply(up.t()).t()
+            case "mlp.down_proj":
+                return _mix_inputs(down, self._mixed_size), self._rotation.apply(up.t()).t()
+            case name:
+                norm = self._folded_norms[layer][name.startswith("mlp")]
+                return self._rotation.apply(down * norm), up
+
+
+@dataclass(frozen=True, slots=True)
+class _Stacked:
+    """What an adapter adds to one projection; see `cpu_kernels.LowRankUpdates`."""
+
+    downs: NDArray[np.float32]
+    ups: NDArray[np.float32]
+
+
+NO_UPDATES = cpu_kernels.LowRankUpdates(
+    tiles=np.zeros((0, 4), np.int64),
+    ranks=np.zeros((0, len(PROJECTIONS)), np.int64),
+    downs=np.zeros((0, len(PROJECTIONS)), np.int64),
+    ups=np.zeros((0, len(PROJECTIONS)), np.int64),
+    columns=np.zeros((len(PROJECTIONS), 2), np.int64),
+)
+
+
+def _to_updates(
+    rows: tuple[AdaptedRows, ...], columns: NDArray[np.int64]
+) -> cpu_kernels.LowRankUpdates:
+    """For one step: whoever calls this keeps the adapters meanwhile."""
+    num_rows = sum(item.end - item.start for item in rows)
+    size = min(cpu_kernels.UNIT.rows, -(-num_rows // numba.get_num_threads()))
+    tiles: list[tuple[int, int, int, int]] = []
+    entries: list[list[_Stacked | None]] = []
+    for item in rows:
+        first = len(entries)
+        entries += [adapter.weights for adapter in item.adapters]
+        tiles += [
+            (row, min(size, item.end - row), first, len(entries))
+            for row in range(item.start, item.end, size)
+        ]
+
+    def gather(read: Callable[[_Stacked], int]) -> NDArray[np.int64]:
+        return np.array([[read(own) if own else 0 for own in entry] for entry in entries], np.int64)
+
+    return cpu_kernels.LowRankUpdates(
+        tiles=np.array(tiles, np.int64),
+        ranks=gather(lambda own: own.downs.shape[2]),
+        downs=gather(lambda own: own.downs.ctypes.data),
+        ups=gather(lambda own: own.ups.ctypes.data),
+        columns=columns,
+    )
 
 
 class _Int8Head(nn.Module):
@@ -191,18 +339,13 @@ def _collect_weights(layer: Any) -> Parts:
 def _rotate_weights(layer: Any, rotation: Rotation, mixed_size: int) -> Parts:
     """For rotated hidden states. The norms' weights become part of the weights after them."""
     qkv, output, gate_up, down = _collect_weights(layer)
-    before_attention, before_mlp = _norms(layer)
+    before_attention, before_mlp = _norm_weights(layer)
     return (
-        rotation.apply(_fold(qkv, before_attention)),
+        rotation.apply(qkv * before_attention),
         rotation.apply(output.t()).t(),
-        rotation.apply(_fold(gate_up, before_mlp)),
+        rotation.apply(gate_up * before_mlp),
         _mix_inputs(rotation.apply(down.t()).t(), mixed_size),
     )
-
-
-def _fold(weight: Tensor, norm: Any) -> Tensor:
-    norm_weight: Tensor = norm.weight
-    return weight.detach().float() * norm_weight.detach().float()
 
 
 def _mixed_size(num_inputs: int) -> int:
@@ -239,6 +382,12 @@ def _epsilons(layer: Any) -> tuple[float, float]:
 
 def _norms(layer: Any) -> tuple[Any, Any]:
     return layer.input_layernorm, layer.post_attention_layernorm
+
+
+def _norm_weights(layer: Any) -> tuple[Tensor, Tensor]:
+    """In memory of their own."""
+    before_attention, before_mlp = (norm.weight.detach().clone().float() for norm in _norms(layer))
+    return before_attention, before_mlp
 
 
 def _sliding_window(layer: Any) -> int | None:

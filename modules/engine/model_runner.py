@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import inspect
 import threading
-from dataclasses import replace
-from itertools import accumulate, islice, pairwise
+from dataclasses import dataclass, replace
+from itertools import accumulate, groupby, islice, pairwise
 from typing import Any
 
 import numba
@@ -22,9 +22,11 @@ from modules.engine.cache_manager import BLOCK_SIZE
 from modules.engine.cpu_attention import CpuAttention
 from modules.engine.cuda_attention import PAGE_SIZE, VarlenAttention, find_kernel
 from modules.engine.cuda_graphs import DecodeGraphs, make_cuda_graphs
+from modules.engine.fused_layers import find_fused_layers
 from modules.engine.guidance import guide
 from modules.engine.hidden_states import record_hidden_states
 from modules.engine.logprobs import Logprobs, compute_logprobs
+from modules.engine.low_rank import AdaptableLayers, AdaptedRows, LinearLayers
 from modules.engine.sampler import sample
 from modules.engine.scheduler import SampledToken, ScheduledBatch, ScheduledSequence, StepResult
 from modules.engine.torch_attention import TorchAttention
@@ -71,6 +73,7 @@ class ModelRunner:
     def __init__(self, model: PreTrainedModel, num_blocks: int, block_size: int) -> None:
         model.set_attn_implementation(ATTENTION_NAME)
         self._model = model.eval()
+        self.layers: AdaptableLayers = find_fused_layers(model) or LinearLayers(model)
         self._device = input_device(model)
         self._can_select_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._attention = build_attention(self._device, num_blocks, block_size)
@@ -125,17 +128,25 @@ class ModelRunner:
         sampled and of their companions, and after each token of their drafts; then before each
         token of a prompt that is scored.
         """
-        token_ids, positions, segments, rows = _pack(batch)
-        logits = None
-        is_step_of_ones = len(batch.items) == len(token_ids) and rows == [*range(len(token_ids))]
-        # What is replayed does not tell its hidden states.
-        can_record = not any(item.seq.params.hidden_states for item in batch.items)
-        if self._graphs is not None and is_step_of_ones and can_record:
-            logits = self._graphs.run(token_ids, positions, segments)
-        if logits is None:
-            attention = self._attention.batch(segments)
-            logits = self._read(token_ids, positions, attention, rows)
+        packed = _pack(batch)
+        with self.layers.adapting(packed.adapted):
+            logits = self._replay(packed, batch)
+            if logits is None:
+                attention = self._attention.batch(packed.segments)
+                logits = self._read(packed.token_ids, packed.positions, attention, packed.kept)
         return logits.float()
+
+    def _replay(self, packed: _Packed, batch: ScheduledBatch) -> Tensor | None:
+        """The logits, if this step is one that can be recorded."""
+        num_rows = len(packed.token_ids)
+        is_step_of_ones = len(batch.items) == num_rows and packed.kept == [*range(num_rows)]
+        # What is replayed adds no updates, and does not tell its hidden states.
+        is_plain = not packed.adapted and not any(
+            item.seq.params.hidden_states for item in batch.items
+        )
+        if self._graphs is None or not is_step_of_ones or not is_plain:
+            return None
+        return self._graphs.run(packed.token_ids, packed.positions, packed.segments)
 
     def _read(
         self,
@@ -175,31 +186,49 @@ def _num_devices(model: PreTrainedModel) -> int:
     return len(set((getattr(model, "hf_device_map", None) or {}).values())) or 1
 
 
-def _pack(
-    batch: ScheduledBatch,
-) -> tuple[list[int], list[int], tuple[Segment, ...], list[int]]:
-    """All tokens in one row: ids, positions, segments, and the places in it whose logits are
-    wanted, those to sample from first.
-    """
+@dataclass(frozen=True, slots=True)
+class _Packed:
+    """All tokens of a batch in one row."""
+
+    token_ids: list[int]
+    positions: list[int]
+    segments: tuple[Segment, ...]
+    kept: list[int]
+    """Places in the row whose logits are wanted, those to sample from first."""
+    adapted: tuple[AdaptedRows, ...]
+
+
+def _pack(batch: ScheduledBatch) -> _Packed:
     token_ids: list[int] = []
     positions: list[int] = []
     segments = []
-    sampled_rows: list[int] = []
-    scored_rows: list[int] = []
+    adapted = []
+    first_rows: dict[int, int] = {}
+    for adapters, items in groupby(_sort_by_adapters(batch.items), lambda item: item.seq.adapters):
+        start = len(token_ids)
+        for item in items:
+            first_rows[id(item)] = offset = len(token_ids)
+            end = item.end + len(item.draft)
+            # Attended to as if alone, a draft's tokens are rounded as in steps of one.
+            for first, stop in pairwise((item.start, *range(item.end, end + 1))):
+                segments.append(Segment(item.block_table, offset + first - item.start, first, stop))
+            token_ids += [*item.seq.token_ids[item.start : item.end], *item.draft]
+            positions += range(item.start, end)
+        if adapters:
+            adapted.append(AdaptedRows(start, len(token_ids), adapters))
+    kept: list[int] = []
+    for item in batch.ending:
+        end = first_rows[id(item)] + item.num_tokens
+        kept += range(end - 1 - len(item.draft), end)
     for item in batch.items:
-        # Attended to as if alone, each of them, a draft's tokens are rounded as in steps of one.
-        end = item.end + len(item.draft)
-        for start, stop in pairwise((item.start, *range(item.end, end + 1))):
-            offset = len(token_ids) + start - item.start
-            segments.append(Segment(item.block_table, offset, start, stop))
-        first_row = len(token_ids)
-        token_ids += [*item.seq.token_ids[item.start : item.end], *item.draft]
-        positions += range(item.start, end)
-        if item.is_last_chunk:
-            sampled_rows += range(len(token_ids) - 1 - len(item.draft), len(token_ids))
         # What follows a token is said by its own row.
-        scored_rows += [first_row + place - 1 - item.start for place in item.scored]
-    return token_ids, positions, tuple(segments), sampled_rows + scored_rows
+        kept += [first_rows[id(item)] + place - 1 - item.start for place in item.scored]
+    return _Packed(token_ids, positions, tuple(segments), kept, tuple(adapted))
+
+
+def _sort_by_adapters(items: tuple[ScheduledSequence, ...]) -> list[ScheduledSequence]:
+    """Those with the same ones together; apart from that, their order stays."""
+    return sorted(items, key=lambda item: [adapter.number for adapter in item.seq.adapters])
 
 
 def _sample_along(logits: Tensor, items: tuple[ScheduledSequence, ...]) -> list[list[SampledToken]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Hashable
 from dataclasses import dataclass
 from enum import Enum, auto
 from functools import cached_property
@@ -21,6 +22,7 @@ from modules.engine.token_rules import to_token_rules
 if TYPE_CHECKING:  # it knows torch
     from modules.engine.custom_processors import LogitsProcessor
     from modules.engine.image_inputs import ImageInputs
+    from modules.engine.low_rank import Adapter
 
 
 class SequenceStatus(Enum):
@@ -41,6 +43,8 @@ class SequenceRequest:
     negative_prompt_token_ids: tuple[int, ...] | None = None
     """What `params.guidance_scale` leads away from, at least one token; None: nothing."""
     logits_processors: tuple[LogitsProcessor, ...] = ()
+    adapters: tuple[Adapter, ...] = ()
+    """Their updates are added up. They must have been prepared for the engine's own layers."""
     is_background: bool = False
     """Nobody waits for it: it goes on only while nothing else is there to be generated."""
     images: ImageInputs | None = None
@@ -68,6 +72,9 @@ class Sequence:
         self.request_id = request.request_id
         self.params = params
         self.is_background = request.is_background
+        self.adapters = request.adapters
+        self.cache_salt: Hashable = tuple(adapter.number for adapter in request.adapters)
+        """What keys and values depend on beside the tokens: those of another salt are of no use."""
         self.eos_token_ids = eos_token_ids
         self.status = SequenceStatus.WAITING
         self.finish_reason: FinishReason | None = None
@@ -105,7 +112,11 @@ class Sequence:
     def _build_companion(self, prompt_token_ids: tuple[int, ...], max_model_len: int) -> Sequence:
         params = SamplingParams(max_tokens=self.max_tokens)
         request = SequenceRequest(
-            self.request_id, prompt_token_ids, params, is_background=self.is_background
+            self.request_id,
+            prompt_token_ids,
+            params,
+            adapters=self.adapters,
+            is_background=self.is_background,
         )
         companion = Sequence(request, max_model_len)
         companion.primary = self

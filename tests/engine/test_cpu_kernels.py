@@ -223,10 +223,12 @@ def test_a_row_of_zeros_stays_zero() -> None:
 def test_normed_rows(num_groups: int) -> None:
     x = floats(3, 96) * np.array([[1e-3], [1], [1e4]], np.float32)
     weight, levels = floats(96), make_levels(3, 96, num_groups)
-    cpu_kernels.quantize_normed(x, weight, np.float32(1e-6), np.empty_like(x), levels)
+    weighted, factors = np.empty_like(x), np.empty(3, np.float32)
+    cpu_kernels.quantize_normed(x, weight, np.float32(1e-6), weighted, factors, levels)
     expected = F.rms_norm(torch.from_numpy(x), (96,), torch.from_numpy(weight), 1e-6).numpy()
     largest = np.abs(expected).reshape(3, num_groups, -1).max(-1).repeat(96 // num_groups, 1)
     assert (np.abs(restore(levels) - expected) <= largest * 0.5 / 127 * 1.001).all()
+    np.testing.assert_allclose(weighted * factors[:, None], expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("size", [0, 16, 32, 64])

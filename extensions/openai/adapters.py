@@ -1,0 +1,38 @@
+"""/v1/internal/lora/*: which adapters (LoRA) there are, and which a model has. For the admin."""
+
+import asyncio
+
+from fastapi import APIRouter, Response
+from fastapi.responses import JSONResponse
+
+from extensions.openai.leases import depend_on_lease
+from extensions.openai.typing import AdapterList, LoadAdaptersRequest, UnloadAdaptersRequest
+from modules.adapter_files import list_adapters
+from modules.context import Context
+from modules.models import ModelLease
+
+
+def add_admin_routes(router: APIRouter, context: Context) -> None:
+    leased = depend_on_lease(context)
+
+    @router.get("/v1/internal/lora/list", tags=["Admin"], responses={200: {"model": AdapterList}})
+    async def list_loras() -> Response:
+        """The names that `lora/load` may have."""
+        names = await asyncio.to_thread(list_adapters, context.settings.lora_dir)
+        return JSONResponse({"lora_names": names})
+
+    @router.post("/v1/internal/lora/load", tags=["Admin"])
+    async def load_loras(body: LoadAdaptersRequest, lease: ModelLease = leased) -> Response:
+        """Load adapters beside those that are there. If one fails, nothing changes."""
+        model = await lease.get(body.model)
+        await asyncio.to_thread(model.adapters.load, body.lora_names)
+        return JSONResponse("OK")
+
+    @router.post("/v1/internal/lora/unload", tags=["Admin"])
+    async def unload_loras(
+        body: UnloadAdaptersRequest | None = None, lease: ModelLease = leased
+    ) -> Response:
+        """Unload all adapters of a model. Answers that are being written keep theirs."""
+        model = await lease.get(body.model if body else None)
+        model.adapters.unload()
+        return JSONResponse("OK")

@@ -1,0 +1,224 @@
+"""Adapters on disk and beside a loaded model: what is read, what is refused, and who keeps what."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import IA3Config, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from modules.adapter_files import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, list_adapters
+from modules.adapters import Adapters
+from modules.engine.engine import Engine, EngineConfig
+from modules.errors import AdapterNotFoundError, ModelLoadError, ModelNotFoundError
+from modules.loaded_model import LoadedModel
+from tests import fakes
+from tests.adapters import save_adapter
+from tests.engine.conftest import CONFIGS, build_model, request, run, token_ids
+from tests.fakes import FakeEngine, build_tokenizer
+
+PROMPT = list(range(3, 80))
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    config = EngineConfig(max_model_len=512, num_cache_tokens=4096)
+    return Engine(build_model("llama"), config)
+
+
+@pytest.fixture
+def lora_dir(tmp_path: Path) -> Path:
+    save_adapter(build_model("llama"), tmp_path / "pirate")
+    return tmp_path
+
+
+@pytest.fixture
+def adapters(engine: Engine, lora_dir: Path) -> Adapters:
+    return Adapters("tiny", lora_dir, engine.runner.layers)
+
+
+def generate(engine: Engine, adapters: Adapters, *names: str) -> list[int]:
+    own = tuple(adapters.get(name, "lora") for name in names)
+    engine.add(replace(request("x", PROMPT), adapters=own))
+    return token_ids(run(engine)["x"])
+
+
+def edit_config(folder: Path, **values: Any) -> None:
+    path = folder / CONFIG_FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def edit_weights(folder: Path, **values: torch.Tensor | None) -> None:
+    weights = load_file(folder / WEIGHTS_FILE) | values
+    save_file(
+        {key: value for key, value in weights.items() if value is not None}, folder / WEIGHTS_FILE
+    )
+
+
+def test_which_there_are(adapters: Adapters, lora_dir: Path) -> None:
+    (lora_dir / "empty").mkdir()
+    save_adapter(build_model("llama"), lora_dir / "a b", target_modules=["q_proj"])
+    assert adapters.list_names() == ["a b", "pirate"]
+    assert list_adapters(lora_dir / "nowhere") == []
+    with pytest.raises(ModelNotFoundError, match="'pirat' .* There are: pirate"):
+        adapters.load(["pirat"])
+    for path in ("../pirate", str(lora_dir / "pirate"), "", "."):
+        with pytest.raises(ModelNotFoundError):
+            adapters.load([path])
+
+
+def test_one_that_fails_changes_nothing(adapters: Adapters) -> None:
+    adapters.load(["pirate"])
+    before = adapters.all
+    with pytest.raises(ModelNotFoundError):
+        adapters.load(["pirate", "nobody"])
+    assert adapters.all == before
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("other sizes", {"hidden_size": 128}), ("more layers", {"num_hidden_layers": 3})],
+)
+def test_of_another_base_model(name: str, changes: dict[str, int], adapters: Adapters) -> None:
+    config = copy.deepcopy(CONFIGS["llama"])
+    for key, value in changes.items():
+        setattr(config, key, value)
+    other = build_model("other", {"other": config})
+    folder = adapters._lora_dir / name
+    save_adapter(other, folder)
+    edit_config(folder, base_model_name_or_path="org/other")
+    with pytest.raises(ModelLoadError, match=r"another base model \(org/other\): .* tiny has"):
+        adapters.load([name])
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "DoRA": ({"use_dora": True}, "uses use_dora"),
+    "bias": ({"bias": "all"}, "uses bias"),
+    "modules_to_save": ({"modules_to_save": ["norm"]}, "uses modules_to_save"),
+    "head": ({"target_modules": ["lm_head"]}, "changes lm_head"),
+    "embeddings": ({"target_modules": ["embed_tokens"]}, "changes model.embed_tokens"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_update_of_linear_layers(name: str, adapters: Adapters) -> None:
+    options, message = REFUSED[name]
+    save_adapter(build_model("llama"), adapters._lora_dir / name, **options)
+    with pytest.raises(ModelLoadError, match=message):
+        adapters.load([name])
+
+
+def test_of_another_kind(adapters: Adapters) -> None:
+    config = IA3Config(target_modules=["k_proj"], feedforward_modules=[])
+    get_peft_model(build_model("llama"), config).save_pretrained(adapters._lora_dir / "ia3")
+    with pytest.raises(ModelLoadError, match="of the kind IA3, not LORA"):
+        adapters.load(["ia3"])
+
+
+def test_files_that_are_damaged(adapters: Adapters, lora_dir: Path) -> None:
+    folder = lora_dir / "pirate"
+    weights, config = folder / WEIGHTS_FILE, folder / CONFIG_FILE
+    whole, text = weights.read_bytes(), config.read_text()
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight".format
+
+    def refuse(message: str) -> None:
+        with pytest.raises(ModelLoadError, match=message):
+            adapters.load(["pirate"])
+        weights.write_bytes(whole)
+        config.write_text(text)
+
+    weights.write_bytes(whole[:1000])
+    refuse(f"{WEIGHTS_FILE} is damaged")
+    edit_weights(folder, **{key("A"): None})
+    refuse("no update of rank 4 for model.layers.0.self_attn.q_proj")
+    edit_config(folder, r=8)
+    refuse("no update of rank 8")
+    edit_weights(folder, **{key("B"): torch.full((64, 4), torch.nan)})
+    refuse("no number")
+    config.write_text("{")
+    refuse(f"{CONFIG_FILE} is damaged")
+    edit_config(folder, some_future_feature=True)
+    refuse("uses some_future_feature")
+    edit_config(folder, init_lora_weights="pissa")
+    refuse("uses init_lora_weights: pissa")
+    weights.rename(folder / PICKLE_FILE)
+    with pytest.raises(ModelLoadError, match=f"{PICKLE_FILE} could run code"):
+        adapters.load(["pirate"])
+
+
+def test_keys_and_values_of_one_are_for_no_other(
+    engine: Engine, adapters: Adapters, lora_dir: Path
+) -> None:
+    """Not even for one of the same name whose files have changed."""
+
+    def count_cached(*names: str) -> int:
+        own = tuple(adapters.get(name, "lora") for name in names)
+        engine.add(replace(request("x", PROMPT), adapters=own))
+        return run(engine)["x"][0].num_cached_tokens
+
+    adapters.load(["pirate"])
+    assert [count_cached(), count_cached(), count_cached("pirate"), count_cached("pirate")] == [
+        0,
+        64,
+        0,
+        64,
+    ]
+    before = generate(engine, adapters, "pirate")
+    save_adapter(build_model("llama"), lora_dir / "pirate", seed=5)
+    adapters.load(["pirate"])
+    assert count_cached("pirate") == 0
+    assert generate(engine, adapters, "pirate") != before
+    assert count_cached() == 64
+
+
+def test_unloaded_while_it_is_used(engine: Engine, adapters: Adapters) -> None:
+    adapters.load(["pirate"])
+    expected = generate(engine, adapters, "pirate")
+    engine.add(replace(request("x", PROMPT), adapters=adapters.all))
+    begun = engine.step()
+    adapters.unload()
+    with pytest.raises(AdapterNotFoundError, match="'pirate' is not loaded. None is") as raised:
+        adapters.get("pirate", "lora")
+    assert raised.value.param == "lora"
+    assert token_ids(begun + run(engine)["x"]) == expected
+
+
+def test_a_guided_sequence_and_its_companion(engine: Engine, adapters: Adapters) -> None:
+    """With a scale of 1, it says what it says alone; the companion has read with the adapter."""
+    adapters.load(["pirate"])
+    expected = generate(engine, adapters, "pirate")
+    wish = replace(request("x", PROMPT, guidance_scale=2.0), adapters=adapters.all)
+    engine.add(replace(wish, negative_prompt_token_ids=tuple(PROMPT)))
+    assert token_ids(run(engine)["x"]) == expected  # away from itself: nowhere
+
+
+@pytest.fixture
+def model(adapters: Adapters) -> Iterator[LoadedModel]:
+    yield replace(fakes.build_model(FakeEngine(), build_tokenizer()), adapters=adapters)
+
+
+def test_which_one_a_request_gets(model: LoadedModel, lora_dir: Path) -> None:
+    assert model.with_adapter(None) is model
+    save_adapter(build_model("llama"), lora_dir / "poet")
+    model.adapters.load(["poet", "pirate"])
+    poet, pirate = model.adapters.all
+    assert (poet.name, pirate.name) == ("poet", "pirate")
+    assert model.with_adapter(None).applied_adapters == (poet, pirate)
+    assert model.with_adapter(None).name == "tiny"
+    assert model.with_adapter("pirate").applied_adapters == (pirate,)
+    assert model.with_adapter("pirate").name == "tiny:pirate"
+    assert model.with_adapter("none").applied_adapters == ()
+    with pytest.raises(AdapterNotFoundError, match="Loaded are: poet, pirate"):
+        model.with_adapter("nobody")
+
+
+def test_a_model_that_runs_one_request_at_a_time(lora_dir: Path) -> None:
+    with pytest.raises(ModelLoadError, match="one request at a time"):
+        Adapters("mamba", lora_dir, None).load(["pirate"])
