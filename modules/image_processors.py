@@ -21,12 +21,10 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from modules.errors import MissingPackageError
 from modules.image_reader import ImageReader
+from modules.model_kinds import PROCESSOR_FILES
 from modules.optional_packages import import_package
 
 logger = logging.getLogger(__name__)
-
-# One of them describes how a model's images are prepared.
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 # What a processor's files that are damaged, or not meant for this program, make transformers raise.
 _FAULTS = (AttributeError, ImportError, LookupError, OSError, TypeError, ValueError)

@@ -21,6 +21,8 @@ from modules.gguf_file import read_summary
 MODEL_FILES = ("config.json", "modules.json")
 PIPELINE_FILE = "model_index.json"
 ADAPTER_FILE = "adapter_config.json"
+# One of them describes how a model's images are prepared.
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 class ModelKind(Enum):
@@ -64,7 +66,8 @@ def describe(path: Path) -> ModelFacts | None:
         return _describe_sentence_transformer(path)
     if is_adapter(path) or not (path / "config.json").is_file():
         return None
-    return _describe_transformer(read_json(path / "config.json"))
+    has_processor = any((path / name).is_file() for name in PROCESSOR_FILES)
+    return _describe_transformer(read_json(path / "config.json"), has_processor)
 
 
 def is_adapter(folder: Path) -> bool:
@@ -106,7 +109,7 @@ def _describe_sentence_transformer(folder: Path) -> ModelFacts:
     )
 
 
-def _describe_transformer(config: Mapping[str, Any]) -> ModelFacts | None:
+def _describe_transformer(config: Mapping[str, Any], has_processor: bool) -> ModelFacts | None:
     kind = _find_kind(config)
     if kind is None:
         return None
@@ -114,7 +117,10 @@ def _describe_transformer(config: Mapping[str, Any]) -> ModelFacts | None:
         kind,
         "transformers",
         None if kind is ModelKind.TRANSCRIPTION else _find_length(config),
-        accepts_images=kind is ModelKind.TEXT and "vision_config" in config,
+        accepts_images=kind is ModelKind.TEXT
+        and "vision_config" in config
+        and has_processor
+        and not config.get("is_encoder_decoder"),
     )
 
 

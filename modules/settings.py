@@ -166,10 +166,7 @@ class Settings:
         MODEL, False, "Run Python code that comes with a model. Only for models you trust."
     )
     allow_pickle: bool = setting(
-        MODEL,
-        False,
-        "Load .bin weights, which can hold programs, where there are no .safetensors. Only for "
-        "models you trust.",
+        MODEL, False, "Load .bin weights too, which can hold programs. Only for models you trust."
     )
 
     max_num_seqs: int = setting(

@@ -106,10 +106,15 @@ def _to_listed(entry: ModelEntry) -> ListedModel:
 
 
 def _list_loaded(models: Sequence[LoadedModel]) -> list[ListedModel]:
-    """Those that write text, with the context that they have here."""
+    """Those that write text, as they are here."""
     entries = [build_entry(model.name, model.path, ModelKind.TEXT) for model in models]
     return [
-        replace(_to_listed(entry), is_loaded=True, context_length=model.max_model_len)
+        replace(
+            _to_listed(entry),
+            is_loaded=True,
+            context_length=model.max_model_len,
+            accepts_images=model.image_reader is not None,
+        )
         for model, entry in zip(models, entries, strict=True)
     ]
 

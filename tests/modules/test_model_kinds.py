@@ -49,6 +49,11 @@ def write_config(folder: Path, config: Any, architecture: str | None, **more: An
             "LlavaForConditionalGeneration",
             (ModelKind.TEXT, LENGTH, True),
         ),
+        (
+            LlavaConfig(text_config=LLAMA, is_encoder_decoder=True),
+            "LlavaForConditionalGeneration",
+            (ModelKind.TEXT, LENGTH, False),
+        ),
         (BertConfig(), "BertModel", (ModelKind.EMBEDDING, 512, False)),
         (BertConfig(), "BertForMaskedLM", (ModelKind.EMBEDDING, 512, False)),
         (BertConfig(), "BertLMHeadModel", (ModelKind.TEXT, 512, False)),
@@ -79,12 +84,20 @@ def test_a_folder_of_transformers(
     expected: tuple[ModelKind, int | None, bool] | None,
     tmp_path: Path,
 ) -> None:
-    facts = describe(write_config(tmp_path, config, architecture))
+    folder = write_config(tmp_path, config, architecture)
+    (folder / "preprocessor_config.json").touch()
+    facts = describe(folder)
     if expected is None:
         assert facts is None
     else:
         kind, length, accepts_images = expected
         assert facts == ModelFacts(kind, "transformers", length, accepts_images)
+
+
+def test_without_its_processor_a_model_reads_texts_alone(tmp_path: Path) -> None:
+    config = LlavaConfig(text_config=LLAMA)
+    facts = describe(write_config(tmp_path, config, "LlavaForConditionalGeneration"))
+    assert facts == ModelFacts(ModelKind.TEXT, "transformers", LENGTH)
 
 
 def test_code_of_its_own_that_writes_text(tmp_path: Path) -> None:

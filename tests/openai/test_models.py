@@ -36,6 +36,7 @@ def model_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(model_files, "BUNDLED_MODELS", {})
     write_config(tmp_path / "tiny", "LlamaForCausalLM", max_position_embeddings=2048)
     write_config(tmp_path / "eyes", "LlavaForConditionalGeneration", vision_config={})
+    (tmp_path / "eyes" / "preprocessor_config.json").touch()
     write_config(tmp_path / "encoder", "BertModel", max_position_embeddings=512)
     write_config(tmp_path / "judge", "BertForSequenceClassification", id2label={"0": "LABEL_0"})
     write_config(tmp_path / "ears", "WhisperForConditionalGeneration", model_type="whisper")
@@ -137,11 +138,14 @@ async def test_a_loaded_model_from_elsewhere(
     """It has the name of another one in the model folder."""
     folder = tmp_path_factory.mktemp("elsewhere") / "tiny"
     write_config(folder, "LlavaForConditionalGeneration", vision_config={})
+    (folder / "preprocessor_config.json").touch()
+    os.utime(folder / "preprocessor_config.json", (7, 7))
     os.utime(folder / "config.json", (7, 7))
     assert manager.model is not None
     manager.model = replace(manager.model, path=folder)
     models = await read_models(client)
-    assert (models["tiny"]["created"], models["tiny"]["accepts_images"]) == (7, True)
+    # Its files could have images read, but nothing that reads them has been loaded.
+    assert (models["tiny"]["created"], models["tiny"]["accepts_images"]) == (7, False)
 
 
 @pytest.mark.parametrize("name", ["gpt-9", "org/model", "a/b/c", "größe"])
