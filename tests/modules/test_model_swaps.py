@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import weakref
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,11 @@ WIDE = LlamaConfig(
     num_key_value_heads=4,
     max_position_embeddings=512,
 )
-# Once all code is loaded and arenas are warm, pages come and go by a few MiB: allocators keep
-# partly used ones. A swap that lost even a twentieth of a model would show after twenty.
-TOLERANCE = 24 * MIB
+# Allocators keep pages that are used in part, which makes the level go up and down: by 22 MiB
+# in twenty swaps. Its lowest points show what is really held: there, a dozen swaps may cost what is
+# an eighth of an int8 model each, and a thirtieth of one in float32.
+TOLERANCE = 40 * MIB
+MAX_GROWTH = 8 * MIB
 
 
 @pytest.fixture(scope="module")
@@ -58,32 +61,30 @@ def resident() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "int8"])
-def test_memory_is_back_after_each_of_twenty_swaps(
-    wide: list[Path], tmp_path: Path, dtype: str
-) -> None:
-    settings = make_settings(tmp_path, dtype=dtype)
+def test_memory_is_back_after_each_of_twenty_swaps(wide: list[Path], tmp_path: Path) -> None:
+    swaps = [("float32", wide[0]), ("int8", wide[1])] * (NUM_SWAPS // 2)
     levels = []
-    for number in range(NUM_SWAPS):
-        model = load_model(str(wide[number % 2]), settings)
+    for dtype, path in swaps:
+        model = load_model(str(path), make_settings(tmp_path, dtype=dtype))
         assert asyncio.run(generate(model)) == 8
         model.close()
         levels.append(resident())
-    first = levels[2]  # by then all that is kept for good is there
-    assert max(levels[2:]) < first + TOLERANCE, [level // MIB for level in levels]
+    told = [level // MIB for level in levels]
+    levels = levels[4:]  # two of each format: by then all that is kept for good is there
+    assert max(levels) < levels[0] + TOLERANCE, told
+    assert min(levels[-5:]) < min(levels[:5]) + MAX_GROWTH, told
 
 
 def test_a_closed_model_gives_its_memory_back_though_somebody_holds_it(
     wide: list[Path], tmp_path: Path
 ) -> None:
     settings = make_settings(tmp_path, dtype="float32")
-    load_model(str(wide[0]), settings).close()
-    before = resident()
     model = load_model(str(wide[0]), settings)
     asyncio.run(generate(model))
-    assert resident() > before + TOLERANCE
+    engine: Any = model.engine
+    weights = weakref.ref(engine._engine.runner._model)
     model.close()
-    assert resident() < before + TOLERANCE
+    assert weights() is None
     model.close()
     assert model.encode("text", add_special_tokens=False)
 
@@ -138,8 +139,17 @@ def weight_bytes(model: LoadedModel) -> int:
     )
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
-@pytest.mark.parametrize("is_bundled", [False, True], ids=["tiny", "bundled"])
+@pytest.mark.parametrize(
+    ("dtype", "is_bundled"),
+    [
+        ("float32", False),
+        ("bfloat16", False),
+        ("int8", False),
+        ("int4", False),
+        ("float32", True),
+        ("int8", True),
+    ],
+)
 def test_the_size_of_weights_is_foreseen(wide: list[Path], dtype: str, is_bundled: bool) -> None:
     path = find_bundled(DEFAULT_MODEL) if is_bundled else wide[0]
     if path is None:
