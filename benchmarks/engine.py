@@ -156,8 +156,9 @@ def _settings(options: argparse.Namespace, dtype: str) -> Settings:
 
 
 def take_engine(model: LoadedModel) -> Engine:
-    model.engine.stop()
-    return model.engine._engine
+    engine = model.engine._engine
+    model.engine.stop()  # which lets it go
+    return engine
 
 
 def read_logits(engine: Engine, token_ids: torch.Tensor) -> torch.Tensor:

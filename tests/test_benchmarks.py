@@ -96,6 +96,14 @@ def test_sampler(folder: Path, tmp_path: Path) -> None:
     assert values["common chain (% of the step)"]["sampler"]
 
 
+def test_lora(folder: Path, tmp_path: Path) -> None:
+    sizes = ("--streams", 2, "--rounds", 1, "--tokens", 4, "--prompt-tokens", 20, "--rank", 4)
+    flags = ("--model", folder, "--dtype", "float32")
+    values = report(tmp_path / "out.json", "lora.py", *flags, *sizes)
+    assert set(values["decode, 2 streams (tok/s)"]) == {"mixed", "base", "adapted"}
+    assert values["read 2 prompts of 20 (tok/s)"]["mixed"]
+
+
 def test_serve_with_a_server_that_it_starts(folder: Path, tmp_path: Path) -> None:
     flags = ("--start-ours", "--model", folder, "--in-process", "--ours-flags=--cpu")
     sizes = ("--streams", 1, 2, "--rounds", 1, "--tokens", 8)

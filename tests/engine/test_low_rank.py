@@ -115,7 +115,7 @@ def test_fused_layers_add_the_same_updates(
 ) -> None:
     """Updates are float arithmetic in either case; what they are added to is off by a few per cent,
     as its activations have 8 bits. An update that is lost or added to other rows, columns or layers
-    would be off by 60 per cent and more.
+    would be off by 50 per cent and more.
     """
     adapted = Adapted(loras, dtype)
     prompt = random_prompts(1, 70)[0]
@@ -129,8 +129,7 @@ def test_fused_layers_add_the_same_updates(
         expected = torch.stack([oracles[mix](input_ids=ids).logits[0, -1] for mix in MIXES])
     errors = (logits - expected).norm(dim=-1) / expected.norm(dim=-1)
     changes = (expected[1:] - expected[0]).norm(dim=-1) / expected[0].norm()
-    print(errors, changes)
-    assert errors.max() < 0.05 < 0.6 < changes.min()
+    assert errors.max() < 0.05 < 0.5 < changes.min()
 
 
 def spy_on_logits(engine: Engine) -> list[torch.Tensor]:
