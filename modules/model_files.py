@@ -22,6 +22,7 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     RepositoryNotFoundError,
 )
+from huggingface_hub.utils.tqdm import tqdm
 
 from modules.errors import ModelLoadError, ModelNotFoundError
 from modules.load_progress import LoadProgress, LoadStage, Report, report_nothing
@@ -132,8 +133,7 @@ def find_model(
         raise ModelNotFoundError(f"There is no file or folder {name}.")
     hub_name = f"{HUB_OWNERS[kind]}/{name}" if kind in HUB_OWNERS and "/" not in name else name
     if re.fullmatch(r"[\w.-]+/[\w.-]+", hub_name) and not name.endswith(".gguf"):
-        report(LoadProgress(LoadStage.DOWNLOADING))
-        return _download(hub_name, settings, kind)
+        return _download(hub_name, settings, kind, report)
     raise _not_found(name, settings, "not bundled, and not in the local hub cache", kind)
 
 
@@ -243,12 +243,17 @@ def _find_in_hub_cache(name: str, settings: Settings) -> FoundModel | None:
     return None
 
 
-def _download(name: str, settings: Settings, kind: ModelKind) -> FoundModel:
+def _download(name: str, settings: Settings, kind: ModelKind, report: Report) -> FoundModel:
     """What is there already of an interrupted download is not fetched again."""
+    report(LoadProgress(LoadStage.DOWNLOADING))
     # Code is only fetched to be run.
     patterns = [*HUB_PATTERNS, *(["*.py"] if settings.trust_remote_code else [])]
     try:
-        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+        folder = Path(
+            huggingface_hub.snapshot_download(
+                name, allow_patterns=patterns, tqdm_class=_make_bar(report)
+            )
+        )
     except _HUB_FAULTS as error:
         reason = f"not bundled, not in the local hub cache, and {_hub_reason(error)}"
         raise _not_found(name, settings, reason, kind) from error
@@ -260,6 +265,26 @@ def _download(name: str, settings: Settings, kind: ModelKind) -> FoundModel:
             "the rest."
         )
     return FoundModel(name, folder)
+
+
+def _make_bar(report: Report) -> type[tqdm]:
+    """The library's progress bar, which reports the bytes of all files, too, shown or not."""
+
+    class ReportingBar(tqdm):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            self._is_of_all = options.get("name") == "huggingface_hub.snapshot_download"
+            self._num_done = 0.0
+            super().__init__(*args, **options)  # type: ignore[no-untyped-call]
+
+        def update(self, n: float | None = 1) -> bool | None:
+            self._num_done += n or 0
+            if self._is_of_all and self.total:
+                fraction = min(1.0, self._num_done / self.total)
+                report(LoadProgress(LoadStage.DOWNLOADING, fraction))
+            is_shown: bool | None = super().update(n)
+            return is_shown
+
+    return ReportingBar
 
 
 def _hub_reason(error: BaseException) -> str:
