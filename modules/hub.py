@@ -7,6 +7,7 @@ business.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 from huggingface_hub.errors import (
@@ -15,8 +16,10 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     RepositoryNotFoundError,
 )
+from huggingface_hub.utils.tqdm import tqdm
 
 from modules.errors import DownloadError, ModelLoadError
+from modules.load_progress import LoadProgress, LoadStage, Report, report_nothing
 from modules.model_kinds import MODEL_FILES, read_json
 from modules.settings import Settings
 from modules.weight_files import PICKLE_PATTERN, has_all_weights, parts_of
@@ -46,12 +49,13 @@ def find_in_cache(name: str, settings: Settings) -> Path | None:
     return None
 
 
-def fetch(name: str, settings: Settings) -> Path:
+def fetch(name: str, settings: Settings, report: Report = report_nothing) -> Path:
     """The folder in the hub's cache; what is there already of an interrupted download is kept.
 
     Raises: DownloadError, whose text goes on from "not in the cache, and"; ModelLoadError if what
     there is of it is no whole model.
     """
+    report(LoadProgress(LoadStage.DOWNLOADING))
     # Code is only fetched to be run, and pickles may run code too.
     patterns = [
         *HUB_PATTERNS,
@@ -59,7 +63,11 @@ def fetch(name: str, settings: Settings) -> Path:
         *([PICKLE_PATTERN] if settings.allow_pickle else []),
     ]
     try:
-        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+        folder = Path(
+            huggingface_hub.snapshot_download(
+                name, allow_patterns=patterns, tqdm_class=_make_bar(report)
+            )
+        )
     except _HUB_FAULTS as error:
         raise DownloadError(_reason(error)) from error
     if not _is_complete(folder, settings):
@@ -70,6 +78,26 @@ def fetch(name: str, settings: Settings) -> Path:
             "the rest."
         )
     return folder
+
+
+def _make_bar(report: Report) -> type[tqdm]:
+    """The library's progress bar, which reports the bytes of all files, too, shown or not."""
+
+    class ReportingBar(tqdm):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            self._is_of_all = options.get("name") == "huggingface_hub.snapshot_download"
+            self._num_done = 0.0
+            super().__init__(*args, **options)  # type: ignore[no-untyped-call]
+
+        def update(self, n: float | None = 1) -> bool | None:
+            self._num_done += n or 0
+            if self._is_of_all and self.total:
+                fraction = min(1.0, self._num_done / self.total)
+                report(LoadProgress(LoadStage.DOWNLOADING, fraction))
+            is_shown: bool | None = super().update(n)
+            return is_shown
+
+    return ReportingBar
 
 
 def _reason(error: BaseException) -> str:

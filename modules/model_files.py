@@ -15,7 +15,7 @@ from pathlib import Path
 
 from modules import hub
 from modules.errors import DownloadError, ModelLoadError, ModelNotFoundError
-from modules.load_progress import LoadProgress, LoadStage, Report, report_nothing
+from modules.load_progress import Report, report_nothing
 from modules.model_kinds import MODEL_FILES, PIPELINE_FILE, ModelFacts, ModelKind, describe
 from modules.settings import Settings
 
@@ -134,9 +134,8 @@ def find_model(
         raise ModelNotFoundError(f"There is no file or folder {name}.")
     hub_name = f"{HUB_OWNERS[kind]}/{name}" if kind in HUB_OWNERS and "/" not in name else name
     if re.fullmatch(r"[\w.-]+/[\w.-]+", hub_name) and not name.endswith(".gguf"):
-        report(LoadProgress(LoadStage.DOWNLOADING))
         try:
-            return FoundModel(hub_name, hub.fetch(hub_name, settings))
+            return FoundModel(hub_name, hub.fetch(hub_name, settings, report))
         except DownloadError as error:
             reason = f"not bundled, not in the local hub cache, and {error}"
             raise _not_found(hub_name, settings, reason, kind) from error

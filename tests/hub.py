@@ -38,6 +38,7 @@ class Hub:
         return Starlette(
             routes=[
                 Route("/api/models/{org}/{name}/revision/{branch}", self._tell),
+                Route("/api/models/{org}/{name}/tree/{commit}", self._list),
                 Route("/{org}/{name}/resolve/{commit}/{path:path}", self._send),
             ]
         )
@@ -53,6 +54,15 @@ class Hub:
             return _refuse(404, "RevisionNotFound")
         siblings = [_describe(path, content) for path, content in self.repos[repo].items()]
         return JSONResponse({"id": repo, "sha": COMMIT, "siblings": siblings})
+
+    async def _list(self, request: Request) -> Response:
+        files = self.repos["{org}/{name}".format(**request.path_params)]
+        return JSONResponse(
+            [
+                {"type": "file", "oid": "b" * 40, "size": len(content), "path": path}
+                for path, content in files.items()
+            ]
+        )
 
     async def _send(self, request: Request) -> Response:
         params = request.path_params

@@ -69,7 +69,7 @@ class Hub:
         self.patterns: list[str] = []
         self.names: list[str] = []
 
-    def __call__(self, name: str, *, allow_patterns: list[str]) -> str:
+    def __call__(self, name: str, *, allow_patterns: list[str], tqdm_class: type) -> str:
         self.names.append(name)
         self.patterns = allow_patterns
         if isinstance(self.answer, Exception):

