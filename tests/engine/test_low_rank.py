@@ -132,6 +132,23 @@ def test_fused_layers_add_the_same_updates(
     assert errors.max() < 0.05 < 0.5 < changes.min()
 
 
+@pytest.mark.usefixtures("oracles")  # which write the files
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_fused_rows_are_the_same_to_the_last_bit_in_any_company(dtype: str, loras: Path) -> None:
+    adapted = Adapted(loras, dtype, num_retained_tokens=0)
+    prompts = random_prompts(4, 40)
+    seen = spy_on_logits(adapted.engine)
+    wishes = [
+        adapted.request(mix, prompt, max_tokens=1)
+        for mix, prompt in zip(MIXES, prompts, strict=True)
+    ]
+    adapted.generate(*wishes)
+    for wish in wishes:
+        adapted.generate(wish)
+    together, *alone = seen
+    assert torch.equal(together, torch.cat(alone))
+
+
 def spy_on_logits(engine: Engine) -> list[torch.Tensor]:
     seen: list[torch.Tensor] = []
     forward = engine.runner.forward

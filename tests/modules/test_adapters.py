@@ -19,6 +19,8 @@ from modules.adapters import Adapters
 from modules.engine.engine import Engine, EngineConfig
 from modules.errors import AdapterNotFoundError, ModelLoadError, ModelNotFoundError
 from modules.loaded_model import LoadedModel
+from modules.models import ModelManager
+from modules.settings import Settings
 from tests import fakes
 from tests.adapters import save_adapter
 from tests.engine.conftest import CONFIGS, build_model, request, run, token_ids
@@ -222,3 +224,26 @@ def test_which_one_a_request_gets(model: LoadedModel, lora_dir: Path) -> None:
 def test_a_model_that_runs_one_request_at_a_time(lora_dir: Path) -> None:
     with pytest.raises(ModelLoadError, match="one request at a time"):
         Adapters("mamba", lora_dir, None).load(["pirate"])
+
+
+@pytest.mark.anyio
+async def test_those_of_the_start_are_for_the_first_model(lora_dir: Path, tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        build_model("llama").save_pretrained(tmp_path / "models" / name)
+        build_tokenizer().save_pretrained(tmp_path / "models" / name)
+    settings = Settings(
+        model=("first", "second"),
+        model_dir=tmp_path / "models",
+        lora=("pirate",),
+        lora_dir=lora_dir,
+        cpu=True,
+        kv_cache_memory=0.01,
+    )
+    manager = ModelManager(settings)
+    try:
+        await manager.load_all(settings.model)
+        assert [model.adapters.names for model in manager.loaded] == [("pirate",), ()]
+        with manager.lease() as lease:
+            assert (await lease.get("first:pirate")).name == "first:pirate"
+    finally:
+        manager.close()
