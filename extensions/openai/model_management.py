@@ -42,6 +42,7 @@ ARGS: dict[str, Setting] = {
         "device_map",
         "dtype",
         "kv_cache_memory",
+        "lora",
         "max_model_len",
         "max_num_batched_tokens",
         "max_num_seqs",

@@ -1,5 +1,6 @@
-"""Loads, unloads and requests in any interleaving, over tiny real models: whatever is answered is
-what the model that the answer names would have said alone, or a typed error.
+"""Loads, unloads, changes of adapters and requests in any interleaving, over tiny real models:
+whatever is answered is what the model that the answer names, with the adapter that it names, would
+have said alone, or a typed error.
 
 What is done, when, and to which model is drawn from a seed. A further kind of change is one more
 function in `STEPS`.
@@ -28,6 +29,7 @@ from modules.context import build_context
 from modules.extensions import load_extensions
 from modules.models import ModelManager
 from modules.settings import Settings
+from tests.adapters import save_adapter
 from tests.conftest import AsgiCall, connect
 from tests.engine.conftest import CONFIGS
 from tests.engine.conftest import build_model as build_weights
@@ -37,11 +39,13 @@ from tests.openai.assertions import read_events
 pytestmark = pytest.mark.anyio
 
 NAMES = ("alpha", "beta", "gamma")
+ADAPTERS = ("red", "blue")
 PROMPTS = ("Once upon a time", "Why?")
 NUM_STEPS = 40
 NUM_AT_ONCE = 6
 PING = re.compile(r"^: ping .*\n\n", re.MULTILINE)
 TYPED = {
+    "adapter_not_found",
     "engine_dead",
     "generation_aborted",
     "model_load_failed",
@@ -65,6 +69,8 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     parameter.normal_(0, 0.2, generator=generator)
         model.save_pretrained(folder / name)
         build_tokenizer().save_pretrained(folder / name)
+    for seed, name in enumerate(ADAPTERS):
+        save_adapter(model, folder / ".loras" / name, seed)
     (folder / "broken").mkdir()
     (folder / "broken" / "config.json").write_text("{")
     return folder
@@ -85,7 +91,7 @@ class Run:
     client: httpx.AsyncClient
     rng: random.Random
     expected: dict[tuple[str, str], str]
-    """(model, prompt) → what it says."""
+    """(model, prompt) → what it says; as `model:adapter` with that one, else with none."""
     outcomes: Counter[str] = field(default_factory=Counter)
 
     def check(self, body: Any, asked: str | None, prompt: str) -> None:
@@ -95,7 +101,7 @@ class Run:
         name = body["model"]
         assert body["choices"][0]["text"] == self.expected[name, prompt]
         if asked in NAMES and self.manager._settings.model_autoload:
-            assert name == asked
+            assert name.partition(":")[0] == asked
         self.outcomes[f"answer of {name}"] += 1
 
     def note_error(self, body: Any) -> None:
@@ -103,15 +109,21 @@ class Run:
         self.outcomes[body["error"]["code"]] += 1
 
 
+def build_body(model: str | None, lora: str, prompt: str) -> dict[str, Any]:
+    """Where a request names no adapter, it gets those that happen to be loaded: all name one."""
+    return {"model": model, "lora": lora, "prompt": prompt, "temperature": 0, "max_tokens": 12}
+
+
 async def ask(run: Run) -> None:
     asked, prompt = run.rng.choice((*NAMES, None, "gpt-4")), run.rng.choice(PROMPTS)
-    body = {"model": asked, "prompt": prompt, "temperature": 0, "max_tokens": 12}
+    body = build_body(asked, run.rng.choice(("none", "none", *ADAPTERS)), prompt)
     run.check((await run.client.post("/v1/completions", json=body)).json(), asked, prompt)
 
 
 async def ask_for_a_stream(run: Run) -> None:
     asked, prompt = run.rng.choice((*NAMES, None)), run.rng.choice(PROMPTS)
-    body = {"model": asked, "prompt": prompt, "temperature": 0, "max_tokens": 12, "stream": True}
+    lora = run.rng.choice(("none", "none", *ADAPTERS))
+    body = {**build_body(asked, lora, prompt), "stream": True}
     response = await run.client.post("/v1/completions", json=body)
     if response.status_code != 200:
         run.note_error(response.json())
@@ -165,6 +177,30 @@ async def unload(run: Run) -> None:
         assert response.json() == "OK"
 
 
+async def ask_by_one_name(run: Run) -> None:
+    asked, adapter = run.rng.choice(NAMES), run.rng.choice(ADAPTERS)
+    body = build_body(f"{asked}:{adapter}", "", PROMPTS[0])
+    del body["lora"]
+    answer = (await run.client.post("/v1/completions", json=body)).json()
+    # Of a model that is not there, the name means nothing: the default answers, as it is.
+    if "error" in answer or ":" in answer["model"]:
+        run.check(answer, asked, PROMPTS[0])
+
+
+async def load_adapters(run: Run) -> None:
+    wished = run.rng.choice((ADAPTERS, ADAPTERS, ["red"], ["red", "missing"]))
+    body = {"lora_names": wished, "model": run.rng.choice(NAMES)}
+    response = await run.client.post("/v1/internal/lora/load", json=body)
+    if response.status_code != 200:
+        run.note_error(response.json())
+
+
+async def unload_adapters(run: Run) -> None:
+    response = await run.client.post("/v1/internal/lora/unload", json={})
+    if response.status_code != 200:
+        run.note_error(response.json())
+
+
 STEPS: dict[Callable[[Run], Awaitable[None]], int] = {
     ask: 10,
     ask_for_a_stream: 8,
@@ -172,6 +208,9 @@ STEPS: dict[Callable[[Run], Awaitable[None]], int] = {
     tokenize: 3,
     load: 4,
     unload: 3,
+    ask_by_one_name: 4,
+    load_adapters: 8,
+    unload_adapters: 1,
 }
 """How often each is drawn, beside the others."""
 
@@ -179,12 +218,13 @@ STEPS: dict[Callable[[Run], Awaitable[None]], int] = {
 async def learn(run: Run) -> None:
     """What each model says, alone."""
     for name in NAMES:
-        await run.manager.load(name)
+        await run.manager.load(name, {"lora": ADAPTERS})
         for prompt in PROMPTS:
-            body = {"prompt": prompt, "temperature": 0, "max_tokens": 12}
-            answer = (await run.client.post("/v1/completions", json=body)).json()
-            assert answer["model"] == name
-            run.expected[name, prompt] = answer["choices"][0]["text"]
+            for lora in ("none", *ADAPTERS):
+                body = build_body(None, lora, prompt)
+                answer = (await run.client.post("/v1/completions", json=body)).json()
+                assert answer["model"] == (name if lora == "none" else f"{name}:{lora}")
+                run.expected[answer["model"], prompt] = answer["choices"][0]["text"]
     assert len(set(run.expected.values())) == len(run.expected)
 
 
@@ -209,6 +249,7 @@ async def test_only_right_answers_or_typed_errors(
     known = Settings(
         **settings,
         model_dir=model_dir,
+        lora_dir=model_dir / ".loras",
         extensions=("openai",),
         cpu=True,
         dtype="float32",
