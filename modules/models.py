@@ -232,17 +232,20 @@ class ModelManager:
 
     async def take(self, name: str | None) -> _Place:
         """The place of the model that answers to `name`, leased."""
-        while (own_name := self.find_name(name)) not in self._places:
-            await self._change(self._load_for_request(name))
-        place = self._places[own_name]
-        place.lease()
-        return place
+        while True:
+            place = self._places.get(self.find_name(name))
+            if place is None:
+                place = await self._change(self._load_for_request(name))
+            if place in self._places.values():  # else it had to make room again already
+                place.lease()
+                return place
 
-    async def _load_for_request(self, name: str | None) -> None:
+    async def _load_for_request(self, name: str | None) -> _Place:
         own_name = self.find_name(name)
         if own_name not in self._places:  # else another request has had it loaded meanwhile
             wish = self._asleep.get(own_name, _Wish(own_name, self._settings))
-            await self._exchange(wish, report_nothing)
+            own_name = (await self._exchange(wish, report_nothing)).name
+        return self._places[own_name]
 
     # Changes
 
