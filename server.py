@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import uvicorn
 from fastapi import FastAPI
@@ -201,5 +201,16 @@ def _open_tunnel(tunnel: Tunnel) -> None:
         print(f"No public URL: {error} Only the local address works.", file=sys.stderr, flush=True)
 
 
+def _leave(code: int) -> NoReturn:
+    """At once if a model is still being loaded: nobody needs it any more, and neither its thread
+    nor those of the libraries that it uses can be told.
+    """
+    if any(thread.name == "loading" for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _leave(main())

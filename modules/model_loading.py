@@ -150,12 +150,24 @@ def _start(work: Callable[[], Result]) -> Future[Result]:
 
 
 def _has_room(name: str, settings: Settings, report: Report) -> bool:
-    """While weights are loaded, none of them are in fewer bits yet."""
+    """While weights are loaded, none of them are in fewer bits yet.
+
+    Where there is none, something else will have to go: what can be said of the files without their
+    weights is said before that. Loading says the rest.
+    """
     device = _choose_device(settings)
     found = _find(name, settings, report)
-    with blame(found):
+    try:
         needed = estimate_bytes(found.path, _choose_dtype(settings, device).itemsize)
-    return needed * ROOM_FACTOR <= _free_memory(device, settings)
+    except (ModelLoadError, *_FILE_FAULTS):
+        return True
+    if needed * ROOM_FACTOR <= _free_memory(device, settings):
+        return True
+    with blame(found):
+        folder = to_folder(found.path, settings, report)
+        AutoConfig.from_pretrained(folder, **_source_options(settings))
+        _load_tokenizer(folder, settings, is_converted=folder != found.path)
+    return False
 
 
 def _free_memory(device: str, settings: Settings) -> int:
@@ -164,14 +176,6 @@ def _free_memory(device: str, settings: Settings) -> int:
     current = torch.cuda.current_device()
     indices = range(torch.cuda.device_count()) if settings.device_map else [current]
     return free_card_memory([torch.device("cuda", index) for index in indices])
-
-
-def estimate_weight_bytes(found: FoundModel, settings: Settings) -> int:
-    """What its weights will take, give or take a quarter. Raises ModelLoadError."""
-    device = _choose_device(settings)
-    with blame(found):
-        quantized = _quantized_dtype(settings, device)
-        return estimate_bytes(found.path, _choose_dtype(settings, device).itemsize, quantized)
 
 
 def _find_and_load(name: str, settings: Settings, shared: Shared, report: Report) -> LoadedModel:
@@ -505,6 +509,8 @@ def find_eos_token_ids(
     """Every token that ends a reply: the generation configuration may name one or a list."""
     ids = model.generation_config.eos_token_id if model.generation_config else None
     listed = ids if isinstance(ids, list) else [ids]
+    if not all(isinstance(i, int | None) for i in listed):
+        raise ValueError(f"generation_config.json has no token ids as eos_token_id, but {ids!r}")
     return frozenset(i for i in (*listed, tokenizer.eos_token_id) if i is not None)
 
 

@@ -12,14 +12,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from math import inf
 from time import monotonic
 from typing import Any, TypeVar
 
+from modules.adapters import NO_ADAPTER
 from modules.engine.inference_thread import InferenceThread
-from modules.errors import ModelNotFoundError, NoModelLoadedError, ServerError
+from modules.errors import (
+    AdapterNotFoundError,
+    GenerationAbortedError,
+    ModelNotFoundError,
+    NoModelLoadedError,
+)
 from modules.load_progress import Report, report_nothing
 from modules.loaded_model import LoadedModel
 from modules.memory import KVBudget
@@ -56,8 +62,9 @@ class _Place:
         self.used_at = monotonic()
         """When a request last began or ended with it."""
         self._num_leases = 0
-        self._is_free = asyncio.Event()
-        self._is_free.set()
+        self._is_over = asyncio.Event()
+        """Nobody uses it, or may."""
+        self._is_over.set()
 
     @property
     def is_free(self) -> bool:
@@ -71,22 +78,23 @@ class _Place:
     def lease(self) -> None:
         self._num_leases += 1
         self.used_at = monotonic()
-        self._is_free.clear()
+        self._is_over.clear()
 
     def release(self) -> None:
         self._num_leases -= 1
         self.used_at = monotonic()
         if self.is_free:
-            self._is_free.set()
+            self._is_over.set()
 
     async def stop_when_free(self) -> None:
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._is_free.wait(), MAX_LEAVING_SECONDS)
+            await asyncio.wait_for(self._is_over.wait(), MAX_LEAVING_SECONDS)
         await self.stop()
 
     async def stop(self) -> None:
         """What is still being generated fails with a typed error."""
         await asyncio.to_thread(self.model.close)
+        self._is_over.set()  # whoever still has a lease has been told
 
 
 class ModelLease:
@@ -109,10 +117,10 @@ class ModelLease:
         """
         assert self._place is None
         own_name, adapter = self._manager.split(name)
+        wanted, param = (adapter, "model") if lora is None else (lora, "lora")
+        self._manager.require_adapter(own_name, wanted, param)
         self._place = await self._manager.take(own_name)
-        if lora is not None:
-            return self._place.model.with_adapter(lora, "lora")
-        return self._place.model.with_adapter(adapter, "model")
+        return self._place.model.with_adapter(wanted, param)
 
     def close(self) -> None:
         if self._place is not None:
@@ -141,6 +149,7 @@ class ModelManager:
         self._leaving: dict[_Place, asyncio.Task[None]] = {}
         self._changes: set[asyncio.Task[Any]] = set()
         self._turn = asyncio.Lock()
+        self._is_closed = False
         self._listing: frozenset[str] = frozenset()
         self._listed_at = -inf
 
@@ -165,6 +174,11 @@ class ModelManager:
     @property
     def is_loaded(self) -> bool:
         return self._default in self._places
+
+    @property
+    def default_name(self) -> str | None:
+        """Of the model that answers where none is named, loaded or asleep; None: there is none."""
+        return self._default
 
     @property
     def asleep(self) -> tuple[str, ...]:
@@ -222,6 +236,18 @@ class ModelManager:
         """Whether what answers to `name` has to be loaded first. Raises NoModelLoadedError."""
         return self.find_name(name) not in self._places
 
+    def require_adapter(self, name: str | None, adapter: str | None, param: str) -> None:
+        """Before a model is loaded for it: that one will not have an adapter which it did not have.
+
+        Raises: NoModelLoadedError, AdapterNotFoundError.
+        """
+        own_name = self.find_name(name)
+        if own_name not in self._places and adapter not in (None, "", NO_ADAPTER):
+            wish = self._asleep.get(own_name)
+            names = wish.settings.lora if wish else ()
+            if adapter not in names:
+                raise AdapterNotFoundError(adapter, names, param)
+
     @contextmanager
     def lease(self) -> Iterator[ModelLease]:
         lease = ModelLease(self)
@@ -271,6 +297,13 @@ class ModelManager:
         self._default = model.name
         return model
 
+    async def wake_or_load(self, name: str) -> None:
+        """A model that sleeps comes back as it was. Raises what `load_model` raises."""
+        if name in self._asleep:
+            await self._change(self._load_for_request(name))
+        else:
+            await self.load(name)
+
     async def load_all(self, names: Sequence[str]) -> None:
         """At start; the first one is the default. Raises what `load_model` raises."""
         first = await self.load(names[0], {"lora": self._first_lora})
@@ -283,22 +316,29 @@ class ModelManager:
 
         Raises ModelNotFoundError if that one is not loaded.
         """
-        await self._change(self._unload(name))
-
-    async def _unload(self, name: str | None) -> None:
         own_name = self._settings.model_aliases.get(name or "", name)
-        names = [each for each in (*self._places, *self._asleep) if own_name in (None, each)]
-        if own_name is not None and not names:
-            raise ModelNotFoundError(f"The model {own_name} is not loaded.")
+        # Those that had to make room for others, too, and before those that wait for that.
+        leaving = [place for place in self._leaving if own_name in (None, place.model.name)]
+        for place in leaving:
+            await place.stop()
+        await self._change(self._unload(own_name, is_found=bool(leaving)))
+
+    async def _unload(self, name: str | None, is_found: bool) -> None:
+        names = [each for each in (*self._places, *self._asleep) if name in (None, each)]
+        if name is not None and not names and not is_found:
+            raise ModelNotFoundError(f"The model {name} is not loaded.")
         places = [self._places.pop(each) for each in names if each in self._places]
-        # Those that had to make room for others, too.
-        places += [place for place in self._leaving if own_name in (None, place.model.name)]
         for each in names:
             self._asleep.pop(each, None)
         if self._default in names:
             self._default = next(iter((*self._places, *self._asleep)), None)
         for place in places:
             await place.stop()
+
+    def abort_all(self) -> None:
+        """End every generation of every model, but those of the background."""
+        for place in (*self._places.values(), *self._leaving):
+            place.model.engine.abort_all()
 
     async def unload_idle(self) -> None:
         """Let models go that nobody has used for `idle_timeout`; a request brings them back.
@@ -319,30 +359,48 @@ class ModelManager:
                 self._retire(place)
 
     def close(self) -> None:
-        """At the end: let everything go. What is still being generated fails with a typed error."""
+        """At the end: let everything go. What is still being generated, or waits for a model, fails
+        with a typed error. For any thread.
+        """
+        self._is_closed = True
+        for change in tuple(self._changes):
+            change.get_loop().call_soon_threadsafe(change.cancel)
         for place in (*self._places.values(), *self._leaving):
             place.model.close()
         self._places.clear()
         self._default = None
 
     async def _change(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """Do it when its turn has come, even if whoever asked for it has left."""
+        """Do it when its turn has come, even if whoever asked for it has left.
+
+        Raises GenerationAbortedError when everything ends before.
+        """
+        if self._is_closed:
+            work.close()
+            raise GenerationAbortedError("The server is shutting down.")
 
         async def do_in_turn() -> Result:
-            async with self._turn:
-                return await work
+            with closing(work):  # if its turn never comes
+                async with self._turn:
+                    return await work
 
         task = asyncio.create_task(do_in_turn())
         self._changes.add(task)
         task.add_done_callback(self._changes.discard)
-        return await asyncio.shield(task)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if task.cancelled():  # and not whoever waits for it
+                raise GenerationAbortedError("The server is shutting down.") from None
+            raise
 
     async def _exchange(self, wish: _Wish, report: Report) -> LoadedModel:
         """Load a model, and let those go that it takes the place of: after that, or before, where
         there is no memory for both.
         """
-        await self._wait_for_leaving()
         leaving = self._choose_leaving(wish.name)
+        if self._leaving and not await self._has_room(wish, report):
+            await self._wait_for_leaving()
         if leaving and not await self._has_room(wish, report):
             return await self._load_after(leaving, wish, report)
         return await self._load_beside(leaving, wish, report)
@@ -358,7 +416,7 @@ class ModelManager:
             thread=self._thread,
             budget=self._budget,
             num_to_come=max(1, self._max_loaded - len(self._places) + len(leaving)),
-            replaced=tuple(place.model for place in leaving),
+            replaced=tuple(place.model for place in (*leaving, *self._leaving)),
         )
         future = self._start_loading(wish.name, wish.settings, shared, report)
         model = await asyncio.wrap_future(future)
@@ -377,7 +435,7 @@ class ModelManager:
         await self._wait_for_leaving()
         try:
             return await self._load_beside((), wish, report)
-        except ServerError:
+        except Exception:
             for each in wishes:
                 await self._load_beside((), each, report_nothing)
             self._default = default

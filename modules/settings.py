@@ -511,6 +511,7 @@ def load_settings(
     given = {**read_file(document, path), **flags, **read_environment(environ)}
     _check_tls(given)
     _check_url(given)
+    _check_aliases(given)
 
     values = {name: entry.value for name, entry in given.items()}
     values["admin_key"] = values.get("admin_key") or values.get("api_key")
@@ -693,6 +694,12 @@ def _check_url(given: Mapping[str, Given]) -> None:
         raise SettingsError(
             f"{url.source}: expected an address that begins with http:// or https://"
         )
+
+
+def _check_aliases(given: Mapping[str, Given]) -> None:
+    aliases = given.get("model_aliases", Given({}, ""))
+    if chained := next((name for name in aliases.value.values() if name in aliases.value), None):
+        raise SettingsError(f"{aliases.source}: {chained} is an alias itself, not a model")
 
 
 def _is_address(url: str) -> bool:

@@ -23,7 +23,7 @@ from modules.loaded_model import LoadedModel
 from modules.settings import Settings
 from tests.fakes import FakeEngine, FakeModelManager, build_model, build_tokenizer
 
-WAIT_SECONDS = 5
+WAIT_SECONDS = 30
 
 MakeApp = Callable[..., FastAPI]
 LoadScripts = Callable[..., FastAPI]

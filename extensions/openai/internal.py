@@ -19,8 +19,7 @@ def add_routes(router: APIRouter, context: Context) -> None:
         """Whether the server can answer: an error when its engine has died; model may be null."""
         for model in context.models.loaded:
             model.engine.check_health()
-        name = context.models.current.name if context.models.is_loaded else None
-        return JSONResponse({"status": "ok", "model": name})
+        return JSONResponse({"status": "ok", "model": context.models.default_name})
 
     @router.get("/v1/internal/model/info", tags=["Internal"], responses={200: {"model": ModelInfo}})
     async def get_model_info() -> Response:
@@ -30,7 +29,7 @@ def add_routes(router: APIRouter, context: Context) -> None:
         model = context.models.current if context.models.is_loaded else None
         return JSONResponse(
             {
-                "model_name": model and model.name,
+                "model_name": context.models.default_name,
                 "lora_names": model.adapters.names if model else [],
                 "chat_template": model and _build_template_info(model.chat_template),
                 "models": [_build_model_info(each) for each in context.models.loaded],
@@ -41,8 +40,7 @@ def add_routes(router: APIRouter, context: Context) -> None:
     @router.post("/v1/internal/stop-generation", tags=["Internal"])
     async def stop_generation() -> Response:
         """End every generation of every client; each keeps what it has so far."""
-        for model in context.models.loaded:
-            model.engine.abort_all()
+        context.models.abort_all()
         return JSONResponse("OK")
 
     @router.get("/v1/internal/presets", tags=["Internal"], responses={200: {"model": PresetList}})

@@ -53,7 +53,7 @@ def add_routes(router: APIRouter, context: Context) -> None:
         own_name = context.settings.model_aliases.get(engine_id, engine_id)
         is_loadable = not _is_ready(context, own_name) and own_name in context.models.list_names()
         if is_loadable and has_key(request, context.settings.admin_key):
-            await context.models.load(own_name)
+            await context.models.wake_or_load(own_name)
         return JSONResponse(build_engine(engine_id, _is_ready(context, engine_id)))
 
     router.include_router(engine_router)

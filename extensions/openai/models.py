@@ -44,7 +44,7 @@ def add_routes(router: APIRouter, context: Context) -> None:
         """
         models = await list_models(context)
         found = next((model for model in models if model.id == model_id), None)
-        return JSONResponse(build_model(found or _name_anew(model_id, "text", models)))
+        return JSONResponse(build_model(found or _name_anew(context, model_id, "text", models)))
 
 
 async def list_models(context: Context) -> list[ListedModel]:
@@ -57,12 +57,15 @@ async def list_models(context: Context) -> list[ListedModel]:
         for model in known.values()
         if model.id not in {each.id for each in loaded}
     ]
-    others.sort(key=lambda model: (not model.is_loaded, model.kind != "text"))
+    asleep = context.models.asleep
+    others.sort(
+        key=lambda model: (not model.is_loaded, model.id not in asleep, model.kind != "text")
+    )
     models = [*loaded, *others]
     models += _list_aliases(context.settings, models)
     known_ids = {model.id for model in models}
     names = {name: kind for name, kind in COMPATIBILITY_NAMES.items() if name not in known_ids}
-    return models + [_name_anew(name, kind, models) for name, kind in names.items()]
+    return models + [_name_anew(context, name, kind, models) for name, kind in names.items()]
 
 
 def _find_models(settings: Settings) -> dict[str, ListedModel]:
@@ -146,11 +149,13 @@ def _list_aliases(settings: Settings, models: Sequence[ListedModel]) -> list[Lis
     ]
 
 
-def _name_anew(name: str, kind: str, models: Sequence[ListedModel]) -> ListedModel:
-    """As the model that answers who asks for `name`, if there is one: of texts the first that is
-    loaded, of other kinds the one of the settings.
+def _name_anew(
+    context: Context, name: str, kind: str, models: Sequence[ListedModel]
+) -> ListedModel:
+    """As the model that answers who asks for `name`, if there is one: of texts the default, loaded
+    or asleep, of other kinds the one of the settings.
     """
     for model in models:
-        if model.kind == kind and (model.is_loaded or kind != "text"):
+        if model.kind == kind and (kind != "text" or model.id == context.models.default_name):
             return replace(model, id=name, alias_of=model.alias_of or model.id)
     return ListedModel(name, kind)

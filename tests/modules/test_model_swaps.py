@@ -9,7 +9,6 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import pytest
 from transformers import LlamaConfig
@@ -19,9 +18,9 @@ from modules.engine.sequence import SequenceRequest
 from modules.errors import ModelLoadError
 from modules.loaded_model import LoadedModel
 from modules.memory import release_memory
-from modules.model_files import DEFAULT_MODEL, FoundModel, find_bundled
-from modules.model_loading import Shared, estimate_weight_bytes, load_model
-from modules.settings import Settings
+from modules.model_files import DEFAULT_MODEL, find_bundled
+from modules.model_loading import Shared, load_model
+from modules.weight_sizes import estimate_bytes
 from tests.modules.conftest import build_model, make_settings, save
 from tests.modules.test_model_loading import KV_BYTES, memory_for
 
@@ -125,46 +124,17 @@ def test_a_failed_load_gives_its_part_back(model_dir: Path, tiny: Path) -> None:
     model.close()
 
 
-def weight_bytes(model: LoadedModel) -> int:
-    """Those of its tensors, and of the arrays that took the place of some."""
+@pytest.mark.parametrize(("dtype", "itemsize"), [("float32", 4), ("bfloat16", 2)])
+def test_the_size_of_weights_is_foreseen(wide: list[Path], dtype: str, itemsize: int) -> None:
+    model = load_model(str(wide[0]), make_settings(wide[0].parent, dtype=dtype))
     held: Any = model.engine._engine.runner._model
-    tensors = sum({p.data_ptr(): p.nbytes for p in held.parameters()}.values())
-    quantized = [getattr(module, "_weights", ()) for module in held.modules()]
-    return tensors + sum(
-        array.nbytes
-        for weights in quantized
-        for group in getattr(weights, "__iter__", lambda w=weights: (w.matrices,))()
-        for array in (group if isinstance(group, tuple) else (group,))
-        if isinstance(array, np.ndarray)
-    )
+    expected = sum({p.data_ptr(): p.nbytes for p in held.parameters()}.values())
+    model.close()
+    assert estimate_bytes(wide[0], itemsize) == pytest.approx(expected, rel=0.05)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "is_bundled"),
-    [
-        ("float32", False),
-        ("bfloat16", False),
-        ("int8", False),
-        ("int4", False),
-        ("float32", True),
-        ("int8", True),
-    ],
-)
-def test_the_size_of_weights_is_foreseen(wide: list[Path], dtype: str, is_bundled: bool) -> None:
-    path = find_bundled(DEFAULT_MODEL) if is_bundled else wide[0]
+def test_the_size_of_a_gguf_files_weights_is_foreseen() -> None:
+    path = find_bundled(DEFAULT_MODEL)
     if path is None:
         pytest.skip("the bundled model is not installed")
-    settings = Settings(cpu=True, dtype=dtype, kv_cache_memory=0.5, max_model_len=64)
-    model = load_model(str(path), settings)
-    try:
-        expected = weight_bytes(model)
-    finally:
-        model.close()
-    estimate = estimate_weight_bytes(FoundModel("model", path), settings)
-    assert estimate == pytest.approx(expected, rel=0.25)
-
-
-def test_the_size_of_a_damaged_file_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 20)
-    with pytest.raises(ModelLoadError, match="cannot be loaded"):
-        estimate_weight_bytes(FoundModel("bad", tmp_path), Settings(cpu=True))
+    assert estimate_bytes(path, 4) == pytest.approx(134_515_008 * 4, rel=0.05)

@@ -14,6 +14,7 @@ from modules import models
 from modules.engine.sampling_params import SamplingParams
 from modules.engine.sequence import SequenceRequest
 from modules.errors import (
+    AdapterNotFoundError,
     GenerationAbortedError,
     ModelLoadError,
     ModelNotFoundError,
@@ -234,11 +235,53 @@ async def test_the_next_load_waits_for_the_memory_of_one_that_goes(
     with manager.lease() as lease:
         await lease.get()
         await load(manager, loading, "b")
-        task = begin(manager.load("c"))
+        await load(manager, loading, "c")  # there is memory for it beside the others
+        loading.has_room = False
+        task = begin(manager.load("d"))
         await settle()
         assert loading.begun.empty()
     (await loading.next()).finish()
     await task
+
+
+async def test_those_that_make_room_can_be_unloaded_before_others_that_wait_for_it(
+    make: Make, loading: FakeLoading
+) -> None:
+    manager = make()
+    await load(manager, loading, "a")
+    with manager.lease() as lease:
+        await lease.get()
+        await load(manager, loading, "b")
+        loading.has_room = False
+        task = begin(manager.load("c"))
+        await settle()
+        unloading = begin(manager.unload("a"))
+        (await loading.next()).finish()
+        await task
+        await unloading
+
+
+async def test_at_the_end_those_that_wait_are_told(make: Make, loading: FakeLoading) -> None:
+    manager = make("b", model_autoload=True)
+    await load(manager, loading, "a")
+    with manager.lease() as lease:
+        task = begin(lease.get("b"))
+        await loading.next()
+        await asyncio.to_thread(manager.close)
+        with pytest.raises(GenerationAbortedError, match="shutting down"):
+            await task
+    with pytest.raises(GenerationAbortedError):
+        await manager.load("b")
+
+
+async def test_no_model_is_loaded_for_an_adapter_that_it_has_not(
+    make: Make, loading: FakeLoading
+) -> None:
+    manager = make("b", model_autoload=True)
+    await load(manager, loading, "a")
+    with manager.lease() as lease, pytest.raises(AdapterNotFoundError):
+        await lease.get("b:red")
+    assert names(manager) == ["a"]
 
 
 async def test_one_that_is_used_for_too_long_is_stopped(

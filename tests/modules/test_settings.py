@@ -133,6 +133,12 @@ def test_null_in_the_file_is_the_default(load: Load) -> None:
     assert load(text="api_port: null\nmodel:\n") == Settings()
 
 
+def test_an_alias_means_a_model(load: Load) -> None:
+    assert load(text="model_aliases: {gpt-4: tiny}").model_aliases == {"gpt-4": "tiny"}
+    with pytest.raises(SettingsError, match="model_aliases: b is an alias itself"):
+        load(text="model_aliases: {a: b, b: tiny}")
+
+
 def test_empty_flag_takes_back_what_the_file_says(load: Load) -> None:
     assert load("--model", "", text="model: a").model == ()
 
