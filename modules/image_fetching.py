@@ -14,7 +14,8 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
@@ -33,6 +34,9 @@ HEADERS = {"Accept": "image/*", "Accept-Encoding": "identity", "Connection": "cl
 # All that the internet uses of IPv6, but for what names an IPv4 address behind a gateway.
 _UNICAST = ipaddress.IPv6Network("2000::/3")
 _6TO4 = ipaddress.IPv6Network("2002::/16")
+# The system's lookup knows no deadline and cannot be cancelled: what is given up goes on here, for
+# the half minute that the system allows it. There are more than downloads are made at once.
+LOOKUPS = ThreadPoolExecutor(16, "lookups of names")
 _FAULTS = (OSError, http.client.HTTPException, ValueError)
 
 Resolve = Callable[[str, int], Sequence[str]]
@@ -47,13 +51,15 @@ class ImageFetcher:
         *,
         resolve: Resolve | None = None,
         is_allowed: Callable[[str], bool] | None = None,
+        ports: Collection[int] = tuple(PORTS.values()),
         tls: ssl.SSLContext | None = None,
         max_bytes: int = MAX_BYTES,
         max_seconds: float = MAX_SECONDS,
     ) -> None:
-        """By default names are the system's, and public addresses are allowed."""
+        """By default names are the system's, and public addresses and the web's ports allowed."""
         self._resolve = resolve or resolve_host
         self._is_allowed = is_allowed or is_public
+        self._ports = ports
         self._tls = tls
         self._num_bytes_left = max_bytes
         self._num_seconds_left = max_seconds
@@ -85,9 +91,11 @@ class ImageFetcher:
     def _connect(self, url: SplitResult, deadline: float) -> Iterator[http.client.HTTPConnection]:
         """Open until the end of the `with`, or until the deadline."""
         host = str(url.hostname)
-        port = url.port or PORTS[url.scheme]
-        addresses = self._find_addresses(host, port)
+        port = PORTS[url.scheme] if url.port is None else url.port
+        if port not in self._ports:
+            raise _RefusedError("has a URL with a port other than 80 and 443")
         try:
+            addresses = self._find_addresses(host, port, deadline)
             with (
                 _dial(addresses, port, deadline) as plain,
                 self._wrap(plain, url.scheme, host) as wrapped,
@@ -103,8 +111,12 @@ class ImageFetcher:
             _count_seconds(deadline)
             raise
 
-    def _find_addresses(self, host: str, port: int) -> Sequence[str]:
-        addresses = self._resolve(host, port)
+    def _find_addresses(self, host: str, port: int, deadline: float) -> Sequence[str]:
+        lookup = LOOKUPS.submit(self._resolve, host, port)
+        try:
+            addresses = lookup.result(_count_seconds(deadline))
+        finally:
+            lookup.cancel()  # if it has not begun
         if not all(map(self._is_allowed, addresses)):
             raise _RefusedError("is at an address that is not public")
         return addresses
@@ -117,7 +129,7 @@ class ImageFetcher:
 
     def _read(self, response: http.client.HTTPResponse) -> bytes:
         if response.status != 200:
-            raise _RefusedError(f"cannot be fetched: the answer is {response.status}")
+            raise _RefusedError("cannot be fetched: the server did not answer with an image")
         content = bytearray()
         while chunk := response.read(CHUNK_BYTES):
             content += chunk

@@ -11,6 +11,7 @@ import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING
 
 from modules.errors import BackendError, InvalidRequestError
@@ -25,6 +26,8 @@ MAX_UPLOAD_BYTES = 50 * MIB
 # Decoded, 200 MB; as many as the largest cameras of phones have.
 MAX_PIXELS = 50_000_000
 MAX_ASPECT = 4
+# Of what a model sees: its processor may scale the shorter side up to some 300 pixels or more.
+MAX_SEEN_ASPECT = 20
 MIN_SIDE = 64
 # What Pillow tries to read a file as. Others, SVG among them, are none for it.
 READ_FORMATS = ("PNG", "JPEG", "WEBP")
@@ -85,13 +88,12 @@ def read_variation(image: bytes, choose_size: ChooseSize) -> PreparedImage:
 def read_picture(data: bytes, param: str, max_pixels: int) -> Image.Image:
     """In RGB, scaled down to at most `max_pixels`; what is transparent is white.
 
-    Raises InvalidRequestError.
+    `max_pixels` is at least MAX_SEEN_ASPECT, so that each side keeps a pixel. Raises
+    InvalidRequestError.
     """
-    picture = _flatten(_read_upload(data, param))
+    picture = _flatten(_read_upload(data, param, MAX_SEEN_ASPECT))
     scale = (max_pixels / Size(*picture.size).num_pixels) ** 0.5
-    if scale >= 1:
-        return picture
-    return _fit(picture, Size(*(max(1, int(side * scale)) for side in picture.size)))
+    return picture if scale >= 1 else _fit(picture, Size(*(int(s * scale) for s in picture.size)))
 
 
 def encode(picture: Image.Image, output: OutputFormat) -> bytes:
@@ -128,14 +130,14 @@ def choose_auto_size(image: Size, most: Size) -> Size:
 # Uploads
 
 
-def _read_upload(data: bytes, param: str) -> Image.Image:
+def _read_upload(data: bytes, param: str, max_aspect: float = inf) -> Image.Image:
     from PIL import ImageOps
 
     if len(data) > MAX_UPLOAD_BYTES:
         message = f"The image is larger than {MAX_UPLOAD_BYTES // MIB} MiB."
         raise InvalidRequestError(message, param)
     try:
-        picture = _decode(data)
+        picture = _decode(data, max_aspect)
         ImageOps.exif_transpose(picture, in_place=True)
         return _to_8_bits(picture)
     except _UnreadableError as error:
@@ -164,14 +166,17 @@ def _find_area(picture: Image.Image) -> Image.Image | None:
     return area if area.getbbox() else None
 
 
-def _decode(data: bytes) -> Image.Image:
+def _decode(data: bytes, max_aspect: float = inf) -> Image.Image:
     """The whole picture, of which only the header is read until it is known how large it is."""
     from PIL import Image, UnidentifiedImageError
 
     try:
         picture = Image.open(io.BytesIO(data), formats=READ_FORMATS)
-        if Size(*picture.size).num_pixels > MAX_PIXELS:
+        size = Size(*picture.size)
+        if size.num_pixels > MAX_PIXELS:
             raise _UnreadableError(_TOO_MANY_PIXELS)
+        if max(size) > max_aspect * min(size):
+            raise _UnreadableError(f"has {size} pixels, one side over {max_aspect} times the other")
         if getattr(picture, "is_animated", False) and picture.format != JPEG_WITH_OTHERS:
             raise _UnreadableError("is animated; a single picture is needed")
         picture.load()

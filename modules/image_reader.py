@@ -125,9 +125,9 @@ class RequestImages:
             try:
                 self._reader.read([image.picture])
             except ValueError as error:
-                width, height = image.picture.size
-                text = f"This model cannot read an image of {width}x{height} pixels: {error}."
-                return InvalidRequestError(text, image.param)
+                return InvalidRequestError(
+                    f"This model cannot read the image: {error}.", image.param
+                )
         return InvalidRequestError("This model cannot read these images together.", "messages")
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
@@ -26,39 +26,50 @@ Fetch = Callable[[str, str], bytes]
 
 
 @dataclass(frozen=True, slots=True)
-class ImageLimits:
-    max_images: int
-    max_pixels: int
-    """With more, a picture is scaled down."""
-
-
-@dataclass(frozen=True, slots=True)
-class _ImagePart:
+class ImagePart:
     url: str
     detail: str
     param: str
+    file: bytes | None = None
+    """What is at the URL, where that is on the web and has been fetched."""
+
+    @property
+    def is_remote(self) -> bool:
+        return self.file is None and self.url[:5].lower() != "data:"
 
 
 def has_images(messages: Sequence[Mapping[str, Any]]) -> bool:
     return any(_is_image(part) for message in messages for part in _list_parts(message))
 
 
-def take_images(
-    messages: Sequence[Mapping[str, Any]], limits: ImageLimits, fetch: Fetch | None
-) -> tuple[list[Mapping[str, Any]], tuple[ShownImage, ...]]:
+def place_images(
+    messages: Sequence[Mapping[str, Any]], max_images: int
+) -> tuple[list[Mapping[str, Any]], tuple[ImagePart, ...]]:
     """The messages with a place for each image, and the images by their numbers.
 
     What else may be wrong with messages is left to be found where prompts are made of them.
-    `fetch` None: only data URIs are allowed. Raises InvalidRequestError, naming the part, and
-    MissingPackageError.
+    Raises InvalidRequestError, naming the part.
+    """
+    found: list[ImagePart] = []
+    placed = [_place(message, index, found) for index, message in enumerate(messages)]
+    if len(found) > max_images:
+        message = f"There are {len(found)} images; {max_images} are allowed in a request."
+        raise InvalidRequestError(message, found[max_images].param)
+    return placed, tuple(found)
+
+
+def fetch_images(parts: Sequence[ImagePart], fetch: Fetch | None) -> tuple[ImagePart, ...]:
+    """Waits for others. `fetch` None: only data URIs are allowed. Raises InvalidRequestError."""
+    return tuple(_fetch(part, fetch) if part.is_remote else part for part in parts)
+
+
+def read_images(parts: Sequence[ImagePart], max_pixels: int) -> tuple[ShownImage, ...]:
+    """Computes. What has more pixels is scaled down. What is remote has been fetched.
+
+    Raises InvalidRequestError, naming the part, and MissingPackageError.
     """
     load_pillow()
-    found: list[_ImagePart] = []
-    placed = [_place(message, index, found) for index, message in enumerate(messages)]
-    if len(found) > limits.max_images:
-        message = f"There are {len(found)} images; {limits.max_images} are allowed in a request."
-        raise InvalidRequestError(message, found[limits.max_images].param)
-    return placed, tuple(_read(part, limits, fetch) for part in found)
+    return tuple(_read(part, max_pixels) for part in parts)
 
 
 def _list_parts(message: Mapping[str, Any]) -> Sequence[Any]:
@@ -70,7 +81,7 @@ def _is_image(part: Any) -> bool:
     return isinstance(part, Mapping) and part.get("type") in PART_TYPES
 
 
-def _place(message: Mapping[str, Any], index: int, found: list[_ImagePart]) -> Mapping[str, Any]:
+def _place(message: Mapping[str, Any], index: int, found: list[ImagePart]) -> Mapping[str, Any]:
     parts = list(_list_parts(message))
     if not any(map(_is_image, parts)):
         return message
@@ -86,7 +97,7 @@ def _place(message: Mapping[str, Any], index: int, found: list[_ImagePart]) -> M
     return {**message, "content": parts}
 
 
-def _check_part(part: Mapping[str, Any], param: str) -> _ImagePart:
+def _check_part(part: Mapping[str, Any], param: str) -> ImagePart:
     match part.get("image_url"):
         case str(url):
             detail = part.get("detail")
@@ -97,30 +108,27 @@ def _check_part(part: Mapping[str, Any], param: str) -> _ImagePart:
             raise InvalidRequestError(f"{param} must be an image with its URL: {example}.", param)
     if detail not in (None, *DETAILS):
         raise InvalidRequestError(f"The detail of {param} is one of {', '.join(DETAILS)}.", param)
-    return _ImagePart(url, detail or "auto", param)
+    return ImagePart(url, detail or "auto", param)
 
 
-def _read(part: _ImagePart, limits: ImageLimits, fetch: Fetch | None) -> ShownImage:
-    max_pixels = limits.max_pixels
-    if part.detail == "low":
-        max_pixels = min(max_pixels, LOW_DETAIL_PIXELS)
-    picture = read_picture(_load(part, fetch), part.param, max_pixels)
-    return ShownImage(picture, part.param)
-
-
-def _load(part: _ImagePart, fetch: Fetch | None) -> bytes:
-    if part.url[:5].lower() == "data:":
-        return _decode_data_uri(part)
+def _fetch(part: ImagePart, fetch: Fetch | None) -> ImagePart:
     if fetch is None:
         message = (
             f"{part.param} must have a data URI (data:image/png;base64,...); this server fetches "
             "no images. The setting openai-fetch_images allows it."
         )
         raise InvalidRequestError(message, part.param)
-    return fetch(part.url, part.param)
+    return replace(part, file=fetch(part.url, part.param))
 
 
-def _decode_data_uri(part: _ImagePart) -> bytes:
+def _read(part: ImagePart, max_pixels: int) -> ShownImage:
+    if part.detail == "low":
+        max_pixels = min(max_pixels, LOW_DETAIL_PIXELS)
+    file = _decode_data_uri(part) if part.file is None else part.file
+    return ShownImage(read_picture(file, part.param, max_pixels), part.param)
+
+
+def _decode_data_uri(part: ImagePart) -> bytes:
     """RFC 2397. What kind of picture it says to be does not matter: the file says it too."""
     head, comma, data = part.url[5:].partition(",")
     if not comma or not head.lower().endswith(";base64"):

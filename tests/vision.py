@@ -6,6 +6,8 @@ import base64
 import copy
 import io
 import json
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +151,17 @@ def to_uri(picture: Image.Image, format: str = "PNG") -> str:
 
 def image_part(picture: Image.Image, **more: Any) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": to_uri(picture), **more}}
+
+
+def png_of(width: int, height: int) -> bytes:
+    """A PNG that says so of itself, and holds nothing."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        checksum = zlib.crc32(name + content)
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", checksum)
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
 
 
 def rewrite(path: Path, **changes: Any) -> None:

@@ -7,15 +7,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 from extensions.openai.typing import ChatCompletionRequest
 from modules.image_fetching import ImageFetcher
-from modules.image_reader import ImageReader, RequestImages
+from modules.image_reader import RequestImages
 from modules.loaded_model import LoadedModel
-from modules.message_images import ImageLimits, has_images, take_images
+from modules.message_images import fetch_images, has_images, place_images, read_images
 from modules.settings import Settings
 
 Body = ChatCompletionRequest
 
-# Slow servers and large pictures: the others that need a thread shall not wait for them.
-READERS = ThreadPoolExecutor(4, "images of chats")
+# Slow servers and large pictures: neither shall wait for the other, nor anything else for them.
+FETCHERS = ThreadPoolExecutor(8, "images from the web")
+READERS = ThreadPoolExecutor(2, "images of chats")
 
 
 async def take_chat_images(
@@ -24,17 +25,16 @@ async def take_chat_images(
     """The request with places for its images. One for a model that reads text stays as it is, to be
     refused where prompts are made.
 
-    Raises what `take_images` raises.
+    Raises InvalidRequestError, naming the part, and MissingPackageError.
     """
     reader = model.image_reader
     if reader is None or not has_images(body.messages):
         return body, None
+    messages, parts = place_images(body.messages, settings.max_images)
     loop = asyncio.get_running_loop()
-    return await loop.run_in_executor(READERS, _take, settings, reader, body)
-
-
-def _take(settings: Settings, reader: ImageReader, body: Body) -> tuple[Body, RequestImages]:
-    limits = ImageLimits(settings.max_images, settings.max_image_pixels)
-    fetch = ImageFetcher().fetch if settings.fetch_images else None
-    messages, images = take_images(body.messages, limits, fetch)
+    if any(part.is_remote for part in parts):
+        fetch = ImageFetcher().fetch if settings.fetch_images else None
+        parts = await loop.run_in_executor(FETCHERS, fetch_images, parts, fetch)
+    pixels = settings.max_image_pixels
+    images = await loop.run_in_executor(READERS, read_images, parts, pixels)
     return body.model_copy(update={"messages": messages}), RequestImages(reader, images)

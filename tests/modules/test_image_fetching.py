@@ -70,7 +70,12 @@ class Web:
 
     def fetcher(self, **options: Any) -> ImageFetcher:
         return ImageFetcher(
-            **{"resolve": self.resolve, "is_allowed": "127.0.0.1".__eq__, **options}
+            **{
+                "resolve": self.resolve,
+                "is_allowed": "127.0.0.1".__eq__,
+                "ports": (80, self.port),
+                **options,
+            }
         )
 
     def url(self, path: str, host: str = "pictures.test") -> str:
@@ -156,7 +161,8 @@ def test_public_addresses(address: str, is_fine: bool) -> None:
 )
 def test_no_spelling_leads_to_this_machine(web: Web, host: str) -> None:
     """By the system's own lookup."""
-    words = refuse(lambda: ImageFetcher().fetch(web.url("/a", host), PARAM))
+    fetcher = ImageFetcher(ports=[web.port])
+    words = refuse(lambda: fetcher.fetch(web.url("/a", host), PARAM))
     assert "not public" in words or "cannot be fetched" in words
     assert web.asked == []
 
@@ -193,14 +199,32 @@ def test_a_name_is_looked_up_once(web: Web) -> None:
         ("http://user:secret@pictures.test/a", "credentials"),
         ("http://user@pictures.test/a", "credentials"),
         ("http://pictures.test:99999/a", "cannot be fetched"),
+        ("http://pictures.test:0/a", "a port other than 80 and 443"),
+        ("https://pictures.test:22/a", "a port other than 80 and 443"),
+        ("http://pictures.test:8080/a", "a port other than 80 and 443"),
         ("http://[::1/a", "cannot be fetched"),
         ("http://pictures.test/" + "a" * 5000, "4096"),
     ],
 )
 def test_urls_that_are_refused(web: Web, url: str, words: str) -> None:
-    message = refuse(lambda: web.fetcher().fetch(url, PARAM))
+    fetcher = ImageFetcher(resolve=web.resolve)
+    message = refuse(lambda: fetcher.fetch(url, PARAM))
     assert words in message and "secret" not in message
     assert web.looked_up == []
+
+
+def test_the_ports_of_the_web() -> None:
+    """Of either scheme."""
+    asked: list[int] = []
+
+    def resolve(host: str, port: int) -> Sequence[str]:
+        asked.append(port)
+        return ["127.0.0.1"]
+
+    for start in ("http://a.test", "https://a.test", "http://a.test:443", "https://a.test:80"):
+        message = refuse(lambda url=start: ImageFetcher(resolve=resolve).fetch(url, PARAM))
+        assert "not public" in message
+    assert asked == [80, 443, 443, 80]
 
 
 class TestRedirects:
@@ -222,6 +246,7 @@ class TestRedirects:
             ("http://169.254.169.254/latest/meta-data", "not public"),
             ("http://[::1]/", "not public"),
             ("http://10.0.0.1/", "not public"),
+            ("http://pictures.test:22/", "a port other than"),
             ("file:///etc/passwd", "neither of"),
             ("http://user:secret@pictures.test/a", "credentials"),
         ],
@@ -249,15 +274,23 @@ class TestLimits:
         assert "too long" in refuse(lambda: fetcher.fetch(web.url("/a"), PARAM))
         assert len(web.asked) == num_asked
 
+    def test_time_of_a_lookup(self, web: Web) -> None:
+        fetcher = web.fetcher(resolve=lambda *_: [str(web.is_over.wait(20))], max_seconds=0.1)
+        start = time.monotonic()
+        assert "too long" in refuse(lambda: fetcher.fetch(web.url("/a"), PARAM))
+        assert time.monotonic() - start < 5
+
     def test_a_file_that_is_not_whole(self, web: Web) -> None:
         assert "cannot be fetched" in refuse(lambda: web.fetcher().fetch(web.url("/short"), PARAM))
 
     def test_no_file(self, web: Web) -> None:
-        assert "404" in refuse(lambda: web.fetcher().fetch(web.url("/missing"), PARAM))
+        """Which answer it is else is not told: it may be a program's that is no web server."""
+        message = refuse(lambda: web.fetcher().fetch(web.url("/missing"), PARAM))
+        assert "did not answer with an image" in message and "404" not in message
 
     def test_nobody_is_there(self, web: Web) -> None:
         url = "http://pictures.test:1/a"
-        assert "cannot be fetched" in refuse(lambda: web.fetcher().fetch(url, PARAM))
+        assert "cannot be fetched" in refuse(lambda: web.fetcher(ports=[1]).fetch(url, PARAM))
 
 
 class TestTls:

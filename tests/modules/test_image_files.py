@@ -23,6 +23,7 @@ from modules.image_files import (
     read_edit,
     read_variation,
 )
+from tests.vision import png_of
 
 SIZE = Size(64, 64)
 
@@ -51,17 +52,6 @@ def refuse(data: bytes) -> str:
 
 
 # Bombs
-
-
-def png_of(width: int, height: int) -> bytes:
-    """A PNG that says so of itself, and holds nothing."""
-
-    def chunk(name: bytes, content: bytes) -> bytes:
-        checksum = zlib.crc32(name + content)
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", checksum)
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
 
 
 def webp_of(width: int, height: int) -> bytes:

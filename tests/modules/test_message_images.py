@@ -10,11 +10,11 @@ from PIL import Image
 
 from modules.errors import InvalidRequestError
 from modules.image_places import find_places, split_at_places, to_parts
-from modules.message_images import ImageLimits, has_images, take_images
+from modules.image_reader import ShownImage
+from modules.message_images import fetch_images, has_images, place_images, read_images
 from modules.messages import check_message
-from tests.vision import draw, image_part, to_uri
+from tests.vision import draw, image_part, png_of, to_uri
 
-LIMITS = ImageLimits(max_images=3, max_pixels=1_000_000)
 PICTURE = draw(0)
 
 
@@ -26,8 +26,15 @@ def user(*parts: Any) -> dict[str, Any]:
     return {"role": "user", "content": list(parts)}
 
 
-def take(*parts: Any, fetch: Any = None, limits: ImageLimits = LIMITS) -> list[Image.Image]:
-    _, images = take_images([user(*parts)], limits, fetch)
+def take_images(
+    messages: list[Any], fetch: Any = None, max_pixels: int = 1_000_000
+) -> tuple[list[Any], tuple[ShownImage, ...]]:
+    placed, parts = place_images(messages, 3)
+    return placed, read_images(fetch_images(parts, fetch), max_pixels)
+
+
+def take(*parts: Any, **options: Any) -> list[Image.Image]:
+    _, images = take_images([user(*parts)], **options)
     return [image.picture for image in images]
 
 
@@ -35,7 +42,7 @@ def test_parts_become_one_text_with_places_in_it() -> None:
     first, second = draw(0), draw(1)
     asked = user(text("a"), text("b"), image_part(first), text("c"), image_part(second))
     plain = {"role": "system", "content": "s"}
-    messages, images = take_images([plain, asked], LIMITS, None)
+    messages, images = take_images([plain, asked])
     pictures = [image.picture.tobytes() for image in images]
     assert pictures == [first.tobytes(), second.tobytes()]
     assert [image.param for image in images] == [f"messages[1].content[{i}]" for i in (2, 4)]
@@ -51,7 +58,7 @@ def test_parts_become_one_text_with_places_in_it() -> None:
 def test_messages_without_images_are_left_to_others() -> None:
     odd = [{"role": "user"}, {"role": "user", "content": 3}, user(text("a"), "b", None)]
     assert not has_images(odd)
-    assert take_images(odd, LIMITS, None) == (odd, ())
+    assert take_images(odd) == (odd, ())
 
 
 def test_files_are_fetched_where_that_is_allowed() -> None:
@@ -95,12 +102,21 @@ def test_data_uris(change: Any, is_fine: bool) -> None:
 def test_sizes() -> None:
     large = draw(0, (1200, 800))
     assert take(image_part(large))[0].size == (1200, 800)
-    smaller = ImageLimits(max_images=1, max_pixels=600 * 400)
-    assert take(image_part(large), limits=smaller)[0].size == (600, 400)
+    assert take(image_part(large), max_pixels=600 * 400)[0].size == (600, 400)
     assert take(image_part(large, detail="low"))[0].size == (627, 418)
-    narrow = draw(0, (4000, 1))
-    (strip,) = take(image_part(narrow), limits=ImageLimits(max_images=1, max_pixels=1024))
-    assert strip.size[1] == 1 and strip.width * strip.height <= 1024 * 2
+    for size in ((4000, 200), (200, 4000)):
+        (strip,) = take(image_part(draw(0, size)), max_pixels=1024)
+        assert 512 < strip.width * strip.height <= 1024
+
+
+@pytest.mark.parametrize("size", [(1_000_000, 1), (1, 40_000_000), (4001, 200), (1000, 2)])
+def test_a_strip_is_refused_before_it_is_decoded(size: tuple[int, int]) -> None:
+    """A model's processor would scale it up: its shorter side has to have some 300 pixels."""
+    data = base64.b64encode(png_of(*size)).decode()
+    part = {"type": "image_url", "image_url": f"data:image/png;base64,{data}"}
+    with pytest.raises(InvalidRequestError, match=f"{size[0]}x{size[1]} pixels") as caught:
+        take(part)
+    assert caught.value.param == "messages[0].content[0]"
 
 
 def test_what_is_transparent_is_white_and_pictures_stand_upright() -> None:

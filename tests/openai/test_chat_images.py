@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
+from extensions.openai import chat_images
 from modules import image_files
 from modules.engine.beam_search import BeamOptions
 from modules.engine.sampling_params import SamplingParams
@@ -361,27 +363,52 @@ async def test_where_images_have_no_place(
     assert "image" in assert_error_shape(response, 400, param=param)
 
 
-async def test_what_is_fetched_is_public(
-    llava: LoadedModel, make_app: MakeApp, serve: Serve
-) -> None:
-    """This server itself is a place that the outside cannot reach."""
-    app = make_app(fetch_images=True)
-    with serve(app) as url:
-        part = {"type": "image_url", "image_url": {"url": f"{url}/v1/models"}}
-        async with connect(app) as client:
-            response = await client.post(PATH, json={"messages": ask(text_part("a"), part)})
+async def test_what_is_fetched_is_public(llava: LoadedModel, make_app: MakeApp) -> None:
+    """This machine is a place that the outside cannot reach."""
+    part = {"type": "image_url", "image_url": {"url": "http://127.0.0.1/v1/models"}}
+    async with connect(make_app(fetch_images=True)) as client:
+        response = await client.post(PATH, json={"messages": ask(text_part("a"), part)})
     assert "not public" in assert_error_shape(response, 400, param=PART)
 
 
-async def test_a_shape_that_the_model_cannot_read(
-    folders: dict[str, Path], make_app: MakeApp, manager: FakeModelManager
+async def test_nobody_waits_for_slow_servers(
+    llava: LoadedModel, make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """As many as are fetched from at once."""
+    num_slow = chat_images.FETCHERS._max_workers
+    all_asked = threading.Barrier(num_slow + 1)
+    is_over = threading.Event()
+
+    class SlowFetcher:
+        def fetch(self, url: str, param: str) -> bytes:
+            all_asked.wait(20)
+            is_over.wait(20)
+            return base64.b64decode(PNG.partition(",")[2])
+
+    monkeypatch.setattr(chat_images, "ImageFetcher", SlowFetcher)
+    remote = ask(text_part("What is this?"), {"type": "image_url", "image_url": URL})
+    async with connect(make_app(fetch_images=True)) as client:
+        slow = [asyncio.create_task(say(client, remote)) for _ in range(num_slow)]
+        await asyncio.to_thread(all_asked.wait, 20)
+        text = await say(client, ONE)
+        assert not any(task.done() for task in slow)
+        is_over.set()
+        assert await asyncio.gather(*slow) == [text] * num_slow
+
+
+async def test_a_shape_that_the_model_cannot_read(
+    folders: dict[str, Path],
+    make_app: MakeApp,
+    manager: FakeModelManager,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(image_files, "MAX_SEEN_ASPECT", 1000)
     parts = [text_part("a"), image_part(draw(0, (1000, 2)))]
     with loaded(folders["qwen2_vl"]) as model:
         manager.model = model
         async with connect(make_app()) as client:
             response = await client.post(PATH, json={"messages": ask(*parts)})
-    assert "1000x2" in assert_error_shape(response, 400, param=PART)
+    assert "got 500" in assert_error_shape(response, 400, param=PART)
 
 
 HOOKS = """
