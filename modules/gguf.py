@@ -109,6 +109,7 @@ def _folder_name(path: Path) -> str:
 def _write(folder: Path, path: Path, on_progress: Callable[[str], None]) -> None:
     file = GgufFile(path)
     _require_space(folder.parent, file)
+    _require_layers(file)
     on_progress(f"Converting {path.name}")
     tokenizer = build_tokenizer(file.metadata)
     model, settings = _build_skeleton(file, folder)
@@ -129,6 +130,18 @@ def _require_space(folder: Path, file: GgufFile) -> None:
     if needed > free:
         sizes = f"{needed >> 20} MiB, and {free >> 20} MiB are free in {folder}"
         raise ModelLoadError(f"its weights take {sizes} once they are converted")
+
+
+def _require_layers(file: GgufFile) -> None:
+    """As many as the header says; a model of fewer would answer, but not as it should."""
+    found = {int(name[1]) for each in file.tensors if (name := _LAYER.match(each.name))}
+    said = file.metadata.get(f"{file.architecture}.block_count", 0)
+    if found and len(found) != said:
+        raise ModelLoadError(f"its header tells of {said} layers, and there are {len(found)} in it")
+
+
+# An encoder-decoder has others.
+_LAYER = re.compile(r"blk\.(\d+)\.")
 
 
 _HALF_TYPES = {

@@ -7,8 +7,9 @@ is `models.py`' business.
 from __future__ import annotations
 
 import logging
+import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -53,6 +55,7 @@ from modules.load_progress import LoadProgress, LoadStage, Report, report_nothin
 from modules.loaded_model import LoadedModel
 from modules.memory import GIB, KVBudget, KVPart, available_memory, free_card_memory
 from modules.model_files import FoundModel, find_model
+from modules.model_kinds import read_json
 from modules.prequantized import prepare, quantization_of
 from modules.prompt_encoder import PromptEncoder
 from modules.rotary_positions import pin_rotary_factors, require_fixed_positions
@@ -201,14 +204,16 @@ def _load(
     device = _choose_device(settings)
     folder = to_folder(found.path, settings, report)
     report(LoadProgress(LoadStage.LOADING_WEIGHTS))
+    config = _load_config(folder, settings)
     tokenizer = _load_tokenizer(folder, settings, is_converted=folder != found.path)
     reader = load_image_reader(folder, _source_options(settings))
-    model = _load_weights(folder, settings, device, reads_images=reader is not None)
+    model = _load_weights(folder, config, settings, device, reads_images=reader is not None)
     wished_model_len = _wished_model_len(model.config, tokenizer, settings)
     report(LoadProgress(LoadStage.TRYING_OUT))
-    if reader is not None:
-        try_out_images(found.name, model, reader)
-    is_batched = reader is None and try_out(found.name, model, wished_model_len)
+    with _blame_weights(found.path, model):
+        if reader is not None:
+            try_out_images(found.name, model, reader)
+        is_batched = reader is None and try_out(found.name, model, wished_model_len)
     # After the probe, which compares with the model's own layers.
     # As the files have them, unless they have become numbers again.
     stored = None if settings.dtype in FORMATS else quantization_of(model.config)
@@ -222,10 +227,10 @@ def _load(
     kv_part = _reserve(model, wished_model_len, settings, shared) if is_batched else None
     if kv_part is not None:
         undo.callback(kv_part.give_back)
-    config = _choose_config(model, tokenizer, wished_model_len, kv_part, settings)
+    engine_config = _choose_config(model, tokenizer, wished_model_len, kv_part, settings)
     if is_batched:
-        pin_rotary_factors(model, config.max_model_len)
-    engine = Engine(model, config) if is_batched else GenerateEngine(model, config)
+        pin_rotary_factors(model, engine_config.max_model_len)
+    engine = Engine(model, engine_config) if is_batched else GenerateEngine(model, engine_config)
     adapters = Adapters(
         found.name, settings.lora_dir, engine.runner.layers if isinstance(engine, Engine) else None
     )
@@ -241,14 +246,14 @@ def _load(
         vocabulary=Vocabulary(tokenizer, _vocab_size(model)),
         prompt_encoder=PromptEncoder(
             tokenizer,
-            config.eos_token_ids,
+            engine_config.eos_token_ids,
             reads_special_tokens=settings.special_tokens_in_messages,
             image_token=reader.placeholder if reader else None,
         ),
         image_reader=reader,
-        max_model_len=config.max_model_len,
+        max_model_len=engine_config.max_model_len,
         chat_template=_choose_template(found.name, tokenizer, reader, settings),
-        eos_token_ids=config.eos_token_ids,
+        eos_token_ids=engine_config.eos_token_ids,
         max_guided_len=engine.max_guided_len,
         continues_prompt=not model.config.is_encoder_decoder,
         device=device,
@@ -358,6 +363,16 @@ def to_folder(path: Path, settings: Settings, report: Report = report_nothing) -
     return gguf.convert(path, settings.model_dir / conversions.FOLDER, tell)
 
 
+def _load_config(folder: Path, settings: Settings) -> PretrainedConfig:
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, **_source_options(settings))
+    except _FILE_FAULTS as error:
+        raise ModelLoadError(
+            f"{folder / 'config.json'} cannot be loaded: {_first_line(error)}"
+        ) from error
+    return config
+
+
 def _load_tokenizer(
     folder: Path, settings: Settings, is_converted: bool
 ) -> PreTrainedTokenizerBase:
@@ -369,16 +384,21 @@ def _load_tokenizer(
         )
     except Exception as error:  # tokenizers raises that very class where a file is damaged
         raise ModelLoadError(
-            f"The tokenizer in {folder} cannot be loaded: {_first_line(error)}"
+            f"The tokenizer in {_tokenizer_file(folder)} cannot be loaded: {_first_line(error)}"
         ) from error
     return tokenizer
 
 
+def _tokenizer_file(folder: Path) -> Path:
+    """The damaged one; the folder if that is not known."""
+    path = folder / "tokenizer.json"
+    return path if path.is_file() and "model" not in read_json(path) else folder
+
+
 def _load_weights(
-    folder: Path, settings: Settings, device: str, *, reads_images: bool
+    folder: Path, config: PretrainedConfig, settings: Settings, device: str, *, reads_images: bool
 ) -> PreTrainedModel:
     options = _source_options(settings)
-    config = AutoConfig.from_pretrained(folder, **options)
     prepare(folder, config, settings, device)
     placement = _placement(settings, device, is_quantized=quantization_of(config) is not None)
     auto_model = _choose_auto_model(config, reads_images)
@@ -394,6 +414,7 @@ def _load_weights(
         )
     model, info = result
     _require_all_weights(folder, info)
+    _require_all_layers(folder, model, info["unexpected_keys"])
     # What is on the CPU is there already, and some formats cannot be moved.
     loaded: PreTrainedModel = model if placement or device == "cpu" else model.to(device)
     return loaded
@@ -431,6 +452,42 @@ def _require_all_weights(folder: Path, info: dict[str, Any]) -> None:
         if names:
             some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
             raise ModelLoadError(f"{folder} {fault} {len(names)} of the model's weights: {some}.")
+
+
+def _require_all_layers(folder: Path, model: PreTrainedModel, unexpected: Iterable[str]) -> None:
+    """A model that leaves out the last layers of its weights answers, but not as it should.
+
+    All else that a model does not know, such as a head of another kind, it does not need.
+    """
+    # Some files leave out the first part of the names.
+    modules = (*model.base_model.named_modules(), *model.named_modules())
+    counts = {name: len(each) for name, each in modules if isinstance(each, nn.ModuleList)}
+    # They only guess at tokens to come.
+    num_more = getattr(model.config.get_text_config(), "num_nextn_predict_layers", None) or 0
+    for name in sorted(unexpected):
+        for found in re.finditer(r"\.(\d+)\.", name):
+            owner = name[: found.start()]
+            count = counts.get(owner)
+            if count is not None and int(found[1]) >= count + num_more:
+                raise ModelLoadError(
+                    f"{folder / 'config.json'} tells of {count} {owner} only, and there are "
+                    f"weights of more: {name}."
+                )
+
+
+@contextmanager
+def _blame_weights(path: Path, model: PreTrainedModel) -> Iterator[None]:
+    """If a trial run fails since weights are NaN or infinite, they are to blame, not the model."""
+    try:
+        yield
+    except ModelLoadError as error:
+        for name, weight in model.named_parameters():
+            # torch cannot tell it of those of 8 bits.
+            if weight.is_floating_point() and weight.itemsize > 1 and not weight.isfinite().all():
+                raise ModelLoadError(
+                    f"The weights in {path} hold what is no number: {name}."
+                ) from error
+        raise
 
 
 def _source_options(settings: Settings) -> dict[str, Any]:

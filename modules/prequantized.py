@@ -37,12 +37,17 @@ def prepare(folder: Path, config: PretrainedConfig, settings: Settings, device: 
     """See to it that from_pretrained can load what `config` tells of. On a CPU, weights become
     numbers again wherever transformers can do that: it has no fast way to compute with them.
 
-    Raises ModelLoadError, which names the format and the package.
+    Raises ModelLoadError, which names the format and the package, or config.json.
     """
     given = _find(config)
     if not given:
         return
     method = _method(given)
+    if not method:
+        raise ModelLoadError(
+            f"{folder / 'config.json'} cannot be used: its `quantization_config` has no "
+            "`quant_method`."
+        )
     try:
         _require_packages(method, device)
         quantizer = AutoHfQuantizer.from_config(
@@ -78,6 +83,7 @@ def _find(config: PretrainedConfig) -> dict[str, Any]:
     return {}
 
 
-def _method(given: dict[str, Any]) -> str:
+def _method(given: dict[str, Any]) -> str | None:
     is_bitsandbytes = given.get("load_in_8bit") or given.get("load_in_4bit")
-    return "bitsandbytes" if is_bitsandbytes else str(given.get("quant_method"))
+    method = given.get("quant_method")
+    return "bitsandbytes" if is_bitsandbytes else method and str(method)

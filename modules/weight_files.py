@@ -7,7 +7,10 @@ Format of safetensors: https://github.com/huggingface/safetensors#format
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 from zipfile import is_zipfile
 
 from modules.errors import ModelLoadError
@@ -23,8 +26,9 @@ _MAX_HEADER_BYTES = 100_000_000
 
 
 def check_weights(folder: Path, allow_pickle: bool) -> None:
-    """Raises ModelLoadError, which names the file: one is not whole or not there, there is none, or
-    there are only pickles, which may run code, and nobody has asked for them.
+    """Raises ModelLoadError, which names the file: one is not whole or not there, there is none,
+    config.json tells of layers that are not there, or there are only pickles, which may run code,
+    and nobody has asked for them.
     """
     for part in parts_of(folder):
         _check_part(part, allow_pickle, needs_weights=part == folder)
@@ -53,16 +57,37 @@ def parts_of(folder: Path) -> list[Path]:
 
 
 def _check_part(folder: Path, allow_pickle: bool, needs_weights: bool) -> None:
+    config = read_json(folder / "config.json")
     # As in transformers, the configuration may call them otherwise.
-    name = str(read_json(folder / "config.json").get("transformers_weights") or SAFETENSORS)
+    name = str(config.get("transformers_weights") or SAFETENSORS)
     shards = _shards(folder, name)
     if shards is None:
         _check_pickles(folder, allow_pickle, needs_weights)
         return
     if not shards:
         raise ModelLoadError(f"{folder / name}.index.json is damaged: it names no files.")
-    for shard, weights in shards.items():
-        _check_shard(shard, weights)
+    names = [name for shard, listed in shards.items() for name in _check_shard(shard, listed)]
+    _check_layers(folder, config, names)
+
+
+def _check_layers(folder: Path, config: Mapping[str, Any], names: Iterable[str]) -> None:
+    """transformers would make as many as `config` says, and then miss their weights.
+
+    Only where layers are called as most families call them: others use one several times.
+    """
+    names = [*names]
+    if not any(re.search(r"\blayers\.\d+\.", name) for name in names):
+        return
+    # Those of the part that sees may be called so, and those of the text otherwise.
+    count = 1 + max(int(number) for name in names for number in re.findall(r"\.(\d+)\b", name))
+    text = config.get("text_config")
+    said = (text if isinstance(text, dict) else config).get("num_hidden_layers")
+    # What has an encoder, too, says more than this number.
+    if isinstance(said, int) and said > count and "encoder_layers" not in config:
+        raise ModelLoadError(
+            f"{folder / 'config.json'} tells of {said} layers, and there are weights of only "
+            f"{count}."
+        )
 
 
 def _check_pickles(folder: Path, allow_pickle: bool, needs_weights: bool) -> None:
@@ -108,7 +133,8 @@ def _shards(folder: Path, name: str) -> dict[Path, list[str]] | None:
     return shards
 
 
-def _check_shard(path: Path, names: list[str]) -> None:
+def _check_shard(path: Path, names: list[str]) -> set[str]:
+    """The names of all weights in it."""
     _require_file(path)
     known, expected = _read_header(path)
     actual = path.stat().st_size
@@ -120,6 +146,7 @@ def _check_shard(path: Path, names: list[str]) -> None:
         raise ModelLoadError(f"{path} is damaged: it has more than its {expected} bytes.")
     if missing := sorted(set(names) - known):
         raise ModelLoadError(f"{path} has no {missing[0]}, which the index says is there.")
+    return known
 
 
 def _read_header(path: Path) -> tuple[set[str], int]:

@@ -72,12 +72,13 @@ def write_llama(
     width: int = WIDTH,
     inner: int = INNER,
     store: Callable[[np.ndarray, gguf.GGMLQuantizationType], np.ndarray] = quantize,
+    block_count: int = LAYERS,
 ) -> Path:
     """A llama of two layers with random weights; matrices are stored as `kind`."""
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(128)
     writer.add_embedding_length(width)
-    writer.add_block_count(LAYERS)
+    writer.add_block_count(block_count)
     writer.add_feed_forward_length(inner)
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(KV_HEADS)
@@ -419,6 +420,15 @@ def test_missing_tensor(tmp_path: Path) -> None:
     with pytest.raises(ModelLoadError, match="up_proj"):
         convert(path, tmp_path / "cache", silent)
     assert not [entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir()]
+
+
+@pytest.mark.parametrize("said", [0, LAYERS - 1, LAYERS + 1])
+def test_other_layers_than_the_header_says(said: int, tmp_path: Path) -> None:
+    path = write_llama(tmp_path / "tiny.gguf", block_count=said)
+    lines: list[str] = []
+    with pytest.raises(ModelLoadError, match=rf"tiny\.gguf .* {said} layers, and there are 2 in"):
+        convert(path, tmp_path / "cache", lines.append)
+    assert not lines  # nothing has been converted for it
 
 
 def test_full_disk(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,8 @@ from transformers import (
     BertForMaskedLM,
     BertModel,
     GenerationConfig,
+    GPT2Config,
+    GPT2Model,
     MambaConfig,
     Phi3Config,
     PreTrainedModel,
@@ -207,6 +209,7 @@ def replace_weights(folder: Path, **changes: torch.Tensor | None) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+NAN = "model__layers__0__self_attn__q_proj__weight"
 DAMAGE: dict[str, tuple[Any, str]] = {
     "truncated weights": (lambda d: truncate(d / "model.safetensors"), "safetensors is incomplete"),
     "empty weights": (lambda d: (d / "model.safetensors").write_bytes(b""), "its header"),
@@ -218,9 +221,28 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     ),
     "an unknown kind": (lambda d: edit_config(d, model_type="nonsense"), "nonsense"),
     "no causal model": (lambda d: edit_config(d, model_type="clip"), "cannot be loaded"),
+    "no configuration": (lambda d: (d / "config.json").write_text("[]"), "config.json"),
+    "no heads": (lambda d: edit_config(d, num_attention_heads=0), "config.json cannot be loaded"),
+    "a word for a quantization": (
+        lambda d: edit_config(d, quantization_config="awq"),
+        "config.json cannot be loaded",
+    ),
+    "a layer too few": (
+        lambda d: edit_config(d, num_hidden_layers=NUM_LAYERS - 1),
+        f"config.json tells of {NUM_LAYERS - 1} model.layers only, and there are weights of more: "
+        f"model.layers.{NUM_LAYERS - 1}.",
+    ),
     "a layer too many": (
         lambda d: edit_config(d, num_hidden_layers=NUM_LAYERS + 1),
-        f"lacks 9 of the model's weights: model.layers.{NUM_LAYERS}.",
+        f"config.json tells of {NUM_LAYERS + 1} layers, and there are weights of only {NUM_LAYERS}",
+    ),
+    "a million layers": (
+        lambda d: edit_config(d, num_hidden_layers=10**6),
+        f"config.json tells of 1000000 layers, and there are weights of only {NUM_LAYERS}",
+    ),
+    "weights that are no numbers": (
+        lambda d: replace_weights(d, **{NAN: torch.full((64, 64), torch.nan)}),
+        f"tiny hold what is no number: {NAN.replace('__', '.')}.",
     ),
     "a lost weight": (
         lambda d: replace_weights(d, model__norm__weight=None),
@@ -230,7 +252,11 @@ DAMAGE: dict[str, tuple[Any, str]] = {
         lambda d: replace_weights(d, model__norm__weight=torch.ones(8)),
         "has in another shape than its config.json says 1 of the model's weights: model.norm",
     ),
-    "a damaged tokenizer": (lambda d: truncate(d / "tokenizer.json"), "The tokenizer in"),
+    "a damaged tokenizer": (lambda d: truncate(d / "tokenizer.json"), "tokenizer.json cannot be"),
+    "an empty tokenizer": (
+        lambda d: (d / "tokenizer.json").write_text("{}"),
+        "tokenizer.json cannot be loaded",
+    ),
     "no tokenizer": (
         lambda d: [path.unlink() for path in d.glob("tokenizer*")],
         "The tokenizer in",
@@ -250,6 +276,26 @@ def test_a_damaged_model_is_one_line(
         load_model("tiny", make_settings(model_dir))
     assert message in one_line(error)
     assert "tiny" in one_line(error)
+
+
+def test_what_a_model_does_not_need_may_be_there(model_dir: Path, tiny: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    more = ("model.layers.0.self_attn.rotary_emb.inv_freq", "medusa_head.7.weight")
+    weights = load_file(tiny / "model.safetensors") | {name: torch.ones(8) for name in more}
+    # Of layers that guess at tokens to come.
+    weights[f"model.layers.{NUM_LAYERS}.eh_proj.weight"] = torch.ones(8)
+    save_file(weights, tiny / "model.safetensors", metadata={"format": "pt"})
+    edit_config(tiny, num_nextn_predict_layers=1)
+    load_model("tiny", make_settings(model_dir)).close()
+
+
+def test_layers_too_few_are_told_whatever_they_are_called(model_dir: Path) -> None:
+    config = GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=300, n_positions=64)
+    save(model_dir / "gpt2", GPT2Model(config))  # its names lack the first part
+    edit_config(model_dir / "gpt2", n_layer=1)
+    with pytest.raises(ModelLoadError, match=r"tells of 1 h only, .* more: h\.1\."):
+        load_model("gpt2", make_settings(model_dir))
 
 
 @pytest.mark.parametrize(

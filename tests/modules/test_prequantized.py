@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 
 from modules import prequantized
 from modules.errors import ModelLoadError
-from modules.model_loading import _load_weights, load_model
+from modules.model_loading import _load_config, _load_weights, load_model
 from modules.prequantized import prepare, quantization_of
 from modules.settings import Settings
 from tests.modules.conftest import build_model, make_settings, one_line, save
@@ -68,7 +68,7 @@ def test_a_missing_package_is_named(
         ({"quant_method": "eetq"}, "format eetq, and only a CUDA card can compute with that"),
         ({"quant_method": "hqq"}, "format hqq, and A valid HQQ version"),
         ({"quant_method": "fp8", "weight_block_size": [1]}, "format fp8, and "),
-        ({"bits": 4}, "has no `quant_method`"),
+        ({"bits": 4}, r"config\.json .* has no `quant_method`\.$"),
     ],
 )
 def test_what_cannot_be_loaded_is_told_before_it_is(
@@ -123,7 +123,8 @@ def to_fp8(folder: Path) -> dict[str, torch.Tensor]:
 def test_on_a_cpu_fp8_becomes_numbers(model_dir: Path, tiny: Path) -> None:
     meant = to_fp8(tiny)
     settings = make_settings(model_dir, dtype="float32")
-    model = _load_weights(tiny, settings, "cpu", reads_images=False)
+    config = _load_config(tiny, settings)
+    model = _load_weights(tiny, config, settings, "cpu", reads_images=False)
     assert quantization_of(model.config) is None  # int8 and int4 may be made of them
     weights = model.state_dict()
     assert weights.keys() == meant.keys()
@@ -161,9 +162,9 @@ def to_mxfp4(folder: Path) -> dict[str, torch.Tensor]:
 def test_on_a_cpu_mxfp4_becomes_numbers(tmp_path: Path) -> None:
     folder = save(tmp_path / "experts", build_model("gpt-oss-sinks-sliding"))
     meant = to_mxfp4(folder)
-    model = _load_weights(
-        folder, make_settings(tmp_path, dtype="float32"), "cpu", reads_images=False
-    )
+    settings = make_settings(tmp_path, dtype="float32")
+    config = _load_config(folder, settings)
+    model = _load_weights(folder, config, settings, "cpu", reads_images=False)
     assert meant and quantization_of(model.config) is None
     weights = model.state_dict()
     for name, expected in meant.items():

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,6 +47,30 @@ def test_what_is_whole_passes(sharded: Path, saved: Path) -> None:
     check_weights(sharded, allow_pickle=False)
     check_weights(saved, allow_pickle=False)
     assert has_all_weights(sharded, allow_pickle=False)
+
+
+@pytest.mark.parametrize(
+    ("weights", "config", "is_refused"),
+    [
+        (["model.layers.1.a"], {"num_hidden_layers": 2}, False),
+        (["model.layers.1.a"], {"num_hidden_layers": 3}, True),
+        (["model.layers.1.a"], {"text_config": {"num_hidden_layers": 3}}, True),
+        (["vision.layers.1.a", "text.h.2.a"], {"text_config": {"num_hidden_layers": 3}}, False),
+        (["groups.0.shared_layers.0.a"], {"num_hidden_layers": 12}, False),
+        (["decoder.layers.1.a"], {"num_hidden_layers": 6, "encoder_layers": 6}, False),
+    ],
+)
+def test_layers_that_are_not_there(
+    weights: list[str], config: dict[str, Any], is_refused: bool, tmp_path: Path
+) -> None:
+    save_file({name: torch.ones(1) for name in weights}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with (
+        pytest.raises(ModelLoadError, match=r"config\.json tells of 3 layers, and .* only 2\.")
+        if is_refused
+        else nullcontext()
+    ):
+        check_weights(tmp_path, allow_pickle=False)
 
 
 @pytest.mark.parametrize(
