@@ -168,7 +168,7 @@ def _has_room(name: str, settings: Settings, report: Report) -> bool:
         return True
     with blame(found):
         folder = to_folder(found.path, settings, report)
-        AutoConfig.from_pretrained(folder, **_source_options(settings))
+        _load_config(folder, settings)
         _load_tokenizer(folder, settings, is_converted=folder != found.path)
     return False
 
