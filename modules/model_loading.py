@@ -223,7 +223,10 @@ def _load(
         pin_rotary_factors(model, config.max_model_len)
     engine = Engine(model, config) if is_batched else GenerateEngine(model, config)
     adapters = Adapters(
-        found.name, settings.lora_dir, engine.runner.layers if isinstance(engine, Engine) else None
+        found.name,
+        settings.lora_dir,
+        engine.runner.layers if isinstance(engine, Engine) else None,
+        base_class=type(model).__name__,
     )
     adapters.load(settings.lora)
     # The length is checked where a prompt comes in; transformers would only warn of it.
