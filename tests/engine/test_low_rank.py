@@ -153,12 +153,12 @@ def test_adapters_stay_with(
     preempt, build_draft = scheduler._preempt, scheduler._build_draft
     scheduler._preempt = lambda unit: (seen.append(unit), preempt(unit))[1]
     scheduler._build_draft = lambda *args: (seen.extend(d := build_draft(*args)), d)[1]
-    prompts = [prompt * 4 for prompt in random_prompts(4, 30)]
+    prompts = [prompt * 8 for prompt in random_prompts(4, 30)]
     requests = [
-        adapted.request(mix, prompt, max_tokens=80, **wishes)
+        adapted.request(mix, prompt, max_tokens=30, **wishes)
         for mix, prompt in zip(MIXES, prompts, strict=True)
     ]
-    expected = [generate_alone(oracles[m], p, 80) for m, p in zip(MIXES, prompts, strict=True)]
+    expected = [generate_alone(oracles[m], p, 30) for m, p in zip(MIXES, prompts, strict=True)]
     assert adapted.generate(*requests) == expected
     assert seen
 
@@ -185,7 +185,9 @@ def test_beams_keep_their_adapter(
     engine = AsyncEngine(adapted.engine)
     try:
         wish = adapted.request(("red",), prompt)
-        found = collect(search_beams(engine.generate, [wish], BeamOptions(3), frozenset()))
+        found = collect(
+            search_beams(engine.generate, [wish], BeamOptions(num_beams=3), frozenset())
+        )
     finally:
         engine.stop()
     best = generate(oracles["red",], prompt, num_beams=3, max_new_tokens=12)
