@@ -7,8 +7,12 @@ layers is refused by name.
 from __future__ import annotations
 
 import difflib
+import logging
 import re
+import sys
+from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +25,8 @@ from modules.errors import MissingPackageError, ModelLoadError, ModelNotFoundErr
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+
+logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -36,6 +42,9 @@ _APPLIED_FIELDS = frozenset(
 )
 # Other ways to begin a training change the model's own weights too.
 _PLAIN_BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")
+# The most that a number of 16 bits can be. No training makes such weights; a model would make what
+# is no number of them.
+_MAX_WEIGHT = torch.finfo(torch.float16).max
 _KEY = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<part>[AB])\.weight")
 
 
@@ -44,8 +53,12 @@ def list_adapters(lora_dir: Path) -> list[str]:
     return sorted(path.parent.name for path in lora_dir.glob(f"*/{CONFIG_FILE}"))
 
 
-def read_adapter(name: str, lora_dir: Path, base: str, shapes: Shapes) -> Updates:
+def read_adapter(
+    name: str, lora_dir: Path, base: str, shapes: Shapes, base_class: str | None = None
+) -> Updates:
     """What the adapter changes in the model `base`, whose layers have these `shapes`.
+
+    `base_class`: the name of the model's class, if it is known.
 
     Raises:
         ModelNotFoundError: no folder in `lora_dir` has that name.
@@ -54,6 +67,7 @@ def read_adapter(name: str, lora_dir: Path, base: str, shapes: Shapes) -> Update
     """
     folder = find_adapter(name, lora_dir)
     config = _read_config(folder)
+    _check_base(name, config, base, base_class)
     updates = _to_updates(folder, config, _read_weights(folder))
     for path, update in updates.items():
         if update.shape != shapes.get(path):
@@ -67,7 +81,8 @@ def find_adapter(name: str, lora_dir: Path) -> Path:
     if name in names:
         return lora_dir / name
     nearest = difflib.get_close_matches(name, names, 5, cutoff=0)
-    there = f"There are: {', '.join(nearest)}." if nearest else "There is none."
+    these = "These are there" if len(nearest) == len(names) else f"Of {len(names)}, the nearest are"
+    there = f"{these}: {', '.join(nearest)}." if nearest else "There is none."
     raise ModelNotFoundError(f"There is no adapter {name[:100]!r} in {lora_dir}. {there}")
 
 
@@ -87,11 +102,49 @@ def _read_config(folder: Path) -> LoraConfig:
             raise ModelLoadError(f"{folder.name} is an adapter of the kind {kind}, not LORA.")
         known = {row.name for row in fields(LoraConfig)}
         config = LoraConfig(**{key: value for key, value in document.items() if key in known})
-    except (AttributeError, OSError, TypeError, ValueError) as error:
+        _check_values(config)
+    except (AttributeError, OSError, RecursionError, TypeError, ValueError) as error:
         raise ModelLoadError(f"{folder / CONFIG_FILE} is damaged: {error}") from error
     unknown = [key for key, value in document.items() if key not in known and value]
     _refuse_features(folder, [*unknown, *_find_features(config)])
     return config
+
+
+def _check_values(config: LoraConfig) -> None:
+    """Those that are used here; peft takes anything. Raises ValueError."""
+    for key, is_right in (
+        ("auto_mapping", _is_optional(dict)),
+        ("base_model_name_or_path", _is_optional(str)),
+        ("r", _is_rank),
+        ("lora_alpha", _is_finite),
+        ("rank_pattern", partial(_is_pattern, _is_rank)),
+        ("alpha_pattern", partial(_is_pattern, _is_finite)),
+    ):
+        value = getattr(config, key)
+        if not is_right(value):
+            raise ValueError(f"{key} is {str(value)[:100]!r}")
+
+
+def _is_optional(kind: type) -> Callable[[Any], bool]:
+    return lambda value: value is None or isinstance(value, kind)
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and value >= 1
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
+
+
+def _is_pattern(is_right: Callable[[Any], bool], value: Any) -> bool:
+    """Values of layers, by regular expressions that their paths end with."""
+    try:
+        return value is None or all(
+            is_right(each) and re.compile(rf"(.*\.)?({layers})$") for layers, each in value.items()
+        )
+    except (AttributeError, re.error):
+        return False
 
 
 def _find_features(config: LoraConfig) -> list[str]:
@@ -151,9 +204,13 @@ def _to_update(folder: Path, config: LoraConfig, path: str, pair: dict[str, Tens
         raise ModelLoadError(
             f"{folder / WEIGHTS_FILE} is damaged: it has no update of rank {rank} for {path}."
         )
-    if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
-        raise ModelLoadError(f"{folder / WEIGHTS_FILE} holds what is no number, for {path}.")
-    return LowRank(down, up.float() * scaling)
+    scaled = up.float() * scaling
+    if not all(bool((part.abs() <= _MAX_WEIGHT).all()) for part in (down, scaled)):
+        raise ModelLoadError(
+            f"{folder / WEIGHTS_FILE} is damaged: for {path}, it holds what is no number, or, with "
+            f"a scaling of {scaling:g}, is too large for one of 16 bits."
+        )
+    return LowRank(down, scaled)
 
 
 def _find_scaling(config: LoraConfig, path: str) -> tuple[int, float]:
@@ -167,6 +224,19 @@ def _find_scaling(config: LoraConfig, path: str) -> tuple[int, float]:
     rank = int(choose(config.rank_pattern, config.r))
     alpha = float(choose(config.alpha_pattern, config.lora_alpha))
     return rank, alpha / (rank**0.5 if config.use_rslora else rank)
+
+
+def _check_base(name: str, config: LoraConfig, base: str, base_class: str | None) -> None:
+    """As far as its configuration tells. Raises ModelLoadError."""
+    made_for = (config.auto_mapping or {}).get("base_model_class")
+    named = (config.base_model_name_or_path or "").rstrip("/").rpartition("/")[2]
+    if made_for and base_class and made_for != base_class:
+        raise ModelLoadError(
+            f"The adapter {name} was made for another base model: for a {made_for}, and {base} is "
+            f"a {base_class}."
+        )
+    if not made_for and named.lower() not in base.lower():
+        logger.warning("The adapter %s was made for %s; it is loaded for %s", name, named, base)
 
 
 def _refuse_base(

@@ -23,9 +23,18 @@ NO_ADAPTER = "none"
 class Adapters:
     """Those of one loaded model, by name, in the order in which they were loaded."""
 
-    def __init__(self, base: str, lora_dir: Path, layers: AdaptableLayers | None) -> None:
-        """`base`: the model's name; `layers`: those of its engine, None if they cannot change."""
+    def __init__(
+        self,
+        base: str,
+        lora_dir: Path,
+        layers: AdaptableLayers | None,
+        base_class: str | None = None,
+    ) -> None:
+        """`base`: the model's name; `layers`: those of its engine, None if they cannot change;
+        `base_class`: the name of the model's class, which adapters may ask for.
+        """
         self._base = base
+        self._base_class = base_class
         self._lora_dir = lora_dir
         self._layers = layers
         self._loaded: Mapping[str, Adapter] = MappingProxyType({})
@@ -79,5 +88,9 @@ class Adapters:
             )
         if name == NO_ADAPTER:
             raise ModelLoadError(f"No adapter can be called {name}: it means none.")
-        updates = read_adapter(name, self._lora_dir, self._base, self._layers.shapes)
+        if ":" in name:
+            raise ModelLoadError(f"No adapter can be called {name}: a colon ends a model's name.")
+        updates = read_adapter(
+            name, self._lora_dir, self._base, self._layers.shapes, self._base_class
+        )
         return self._layers.prepare(name, updates)

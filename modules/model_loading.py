@@ -232,7 +232,10 @@ def _load(
         pin_rotary_factors(model, engine_config.max_model_len)
     engine = Engine(model, engine_config) if is_batched else GenerateEngine(model, engine_config)
     adapters = Adapters(
-        found.name, settings.lora_dir, engine.runner.layers if isinstance(engine, Engine) else None
+        found.name,
+        settings.lora_dir,
+        engine.runner.layers if isinstance(engine, Engine) else None,
+        base_class=type(model).__name__,
     )
     adapters.load(settings.lora)
     # The length is checked where a prompt comes in; transformers would only warn of it.

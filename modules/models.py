@@ -211,11 +211,12 @@ class ModelManager:
         """`model:adapter` as a model's name and an adapter's, if there is no model of that name."""
         name = self._settings.model_aliases.get(name or "", name)
         own_name, colon, adapter = (name or "").rpartition(":")
-        if not colon or self._is_to_be_had(name or "") or not self._answers_to(own_name):
+        if not colon or self._is_to_be_had(name or "") or not self.has(own_name):
             return name, None
         return own_name, adapter
 
-    def _answers_to(self, name: str) -> bool:
+    def has(self, name: str) -> bool:
+        """Whether a model of that name, or that alias, is loaded, or may be for a request."""
         return self._is_to_be_had(self._settings.model_aliases.get(name, name))
 
     def _is_to_be_had(self, name: str) -> bool:

@@ -67,7 +67,7 @@ def add_routes(router: APIRouter, context: Context) -> None:
     )
     async def get_chat_prompt(body: ChatCompletionRequest, lease: ModelLease = leased) -> Response:
         """The prompt that a chat completion makes of the same request."""
-        _, _, prompt = await prepare_chat(context, await lease.get(body.model), body)
+        _, _, prompt = await prepare_chat(context, await lease.get(body.model, body.lora), body)
         return JSONResponse(
             {
                 "prompt": prompt.text,

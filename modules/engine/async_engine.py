@@ -22,7 +22,8 @@ from modules.errors import EngineDeadError, GenerationAbortedError, ServerError
 
 logger = logging.getLogger(__name__)
 
-# Steps in a row in which every sequence fails, until the model counts as broken.
+# Steps in a row in which every sequence fails, until the model counts as broken. Those of sequences
+# with adapters prove nothing: the adapters may be.
 MAX_FAILED_STEPS = 3
 
 
@@ -181,7 +182,7 @@ class AsyncEngine:
 
         If that is all of them, time and again, then the model is: the last fault goes on its way.
         """
-        self._num_failed_steps += 1
+        self._num_failed_steps += not all(map(_has_adapters, batch.units))
         outputs = []
         for unit in batch.units:
             try:
@@ -191,7 +192,7 @@ class AsyncEngine:
                 reason = error if isinstance(error, ServerError) else None
                 if reason is not None:  # what the request brought; all is well with the model
                     self._num_failed_steps = 0
-                if self._num_failed_steps >= MAX_FAILED_STEPS:
+                if self._num_failed_steps >= MAX_FAILED_STEPS and not _has_adapters(unit):
                     raise
                 _log("A generation has failed", error)
                 failure = self._engine.fail(unit.items[0].seq.request_id)
@@ -217,6 +218,10 @@ class AsyncEngine:
             # a loop that is closed has nobody left to tell
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._fail_all, error)
+
+
+def _has_adapters(unit: ScheduledBatch) -> bool:
+    return bool(unit.items[0].seq.adapters)
 
 
 def _log(what: str, error: BaseException) -> None:

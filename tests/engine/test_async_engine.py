@@ -10,8 +10,10 @@ from contextlib import aclosing
 from dataclasses import replace
 
 import pytest
+import torch
 
 from modules.engine.async_engine import MAX_FAILED_STEPS, AsyncEngine
+from modules.engine.low_rank import LowRank
 from modules.engine.model_runner import ModelRunner
 from modules.engine.outputs import FinishReason
 from modules.engine.scheduler import ScheduledBatch, StepResult
@@ -160,6 +162,20 @@ async def test_a_model_that_always_fails_counts_as_dead(engine, caplog) -> None:
         await collect(engine, request("late", [5]))
     assert "ValueError" in caplog.text
     assert "secret" not in caplog.text
+
+
+async def test_a_broken_adapter_is_not_the_models_fault(engine) -> None:
+    layers = engine._engine.runner.layers
+    path, (num_inputs, num_outputs) = next(iter(layers.shapes.items()))
+    broken = LowRank(torch.full((1, num_inputs), torch.inf), torch.ones(num_outputs, 1))
+    adapter = layers.prepare("broken", {path: broken})
+    expected = await collect(engine, request("before", [5, 6]))
+    for number in range(2 * MAX_FAILED_STEPS):
+        wish = replace(request(str(number), [5, 6]), adapters=(adapter,))
+        steps = engine.generate([wish])
+        outputs = [output for outputs in [o async for o in steps] for output in outputs]
+        assert [output.finish_reason for output in outputs] == [FinishReason.ERROR]
+    assert (await collect(engine, request("after", [5, 6])))["after"] == expected["before"]
 
 
 async def test_stop_ends_what_is_running(make_engine) -> None:

@@ -11,13 +11,17 @@ import torch
 from transformers import PreTrainedModel
 
 from modules.adapter_files import read_adapter
+from modules.engine.async_engine import AsyncEngine
+from modules.engine.beam_search import BeamOptions, search_beams
 from modules.engine.engine import Engine, EngineConfig
 from modules.engine.fused_layers import quantize_model
 from modules.engine.sequence import SequenceRequest
 from tests.adapters import save_adapter
 from tests.engine.conftest import build_model, request, run, token_ids
-from tests.engine.test_engine import random_prompts
+from tests.engine.test_beam_search import collect
+from tests.engine.test_engine import generate, random_prompts
 from tests.engine.test_fused_layers import round_weights
+from tests.engine.test_prompt_scores import SCORES, assert_scored
 
 # As each other's company: the plain model, two adapters, and the sum of both.
 MIXES: tuple[tuple[str, ...], ...] = ((), ("red",), ("blue",), ("red", "blue"))
@@ -130,6 +134,64 @@ def test_fused_layers_add_the_same_updates(
     errors = (logits - expected).norm(dim=-1) / expected.norm(dim=-1)
     changes = (expected[1:] - expected[0]).norm(dim=-1) / expected[0].norm()
     assert errors.max() < 0.05 < 0.5 < changes.min()
+
+
+@pytest.mark.parametrize(
+    ("config", "wishes"),
+    [({"num_cache_tokens": 512}, {}), ({}, {"prompt_lookup_num_tokens": 5})],
+    ids=["preemption", "drafts"],
+)
+def test_adapters_stay_with(
+    config: dict[str, int],
+    wishes: dict[str, int],
+    loras: Path,
+    oracles: dict[tuple[str, ...], PreTrainedModel],
+) -> None:
+    adapted = Adapted(loras, **config)
+    scheduler = adapted.engine.scheduler
+    seen: list[object] = []
+    preempt, build_draft = scheduler._preempt, scheduler._build_draft
+    scheduler._preempt = lambda unit: (seen.append(unit), preempt(unit))[1]
+    scheduler._build_draft = lambda *args: (seen.extend(d := build_draft(*args)), d)[1]
+    prompts = [prompt * 8 for prompt in random_prompts(4, 30)]
+    requests = [
+        adapted.request(mix, prompt, max_tokens=30, **wishes)
+        for mix, prompt in zip(MIXES, prompts, strict=True)
+    ]
+    expected = [generate_alone(oracles[m], p, 30) for m, p in zip(MIXES, prompts, strict=True)]
+    assert adapted.generate(*requests) == expected
+    assert seen
+
+
+def test_a_prompt_is_scored_with_its_adapters(
+    loras: Path, oracles: dict[tuple[str, ...], PreTrainedModel]
+) -> None:
+    adapted = Adapted(loras, max_num_batched_tokens=32)
+    prompt = random_prompts(1, 70)[0]
+    wishes = {mix: adapted.request(mix, prompt, **SCORES) for mix in MIXES}
+    adapted.generate(adapted.request((), prompt))  # which leaves the base model's keys and values
+    for wish in wishes.values():
+        adapted.engine.add(wish)
+    outputs = run(adapted.engine)
+    for mix, wish in wishes.items():
+        assert_scored(outputs[wish.request_id], oracles[mix], prompt)
+
+
+def test_beams_keep_their_adapter(
+    loras: Path, oracles: dict[tuple[str, ...], PreTrainedModel]
+) -> None:
+    adapted = Adapted(loras)
+    prompt = random_prompts(1, 40)[0]
+    engine = AsyncEngine(adapted.engine)
+    try:
+        wish = adapted.request(("red",), prompt)
+        found = collect(
+            search_beams(engine.generate, [wish], BeamOptions(num_beams=3), frozenset())
+        )
+    finally:
+        engine.stop()
+    best = generate(oracles["red",], prompt, num_beams=3, max_new_tokens=12)
+    assert token_ids(found[wish.request_id]) == best
 
 
 @pytest.mark.usefixtures("oracles")  # which write the files

@@ -43,7 +43,7 @@ def lora_dir(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def adapters(engine: Engine, lora_dir: Path) -> Adapters:
-    return Adapters("tiny", lora_dir, engine.runner.layers)
+    return Adapters("tiny", lora_dir, engine.runner.layers, "LlamaForCausalLM")
 
 
 def generate(engine: Engine, adapters: Adapters, *names: str) -> list[int]:
@@ -69,11 +69,19 @@ def test_which_there_are(adapters: Adapters, lora_dir: Path) -> None:
     save_adapter(build_model("llama"), lora_dir / "a b", target_modules=["q_proj"])
     assert adapters.list_names() == ["a b", "pirate"]
     assert list_adapters(lora_dir / "nowhere") == []
-    with pytest.raises(ModelNotFoundError, match="'pirat' .* There are: pirate"):
+    with pytest.raises(ModelNotFoundError, match="'pirat' .* These are there: pirate"):
         adapters.load(["pirat"])
     for path in ("../pirate", str(lora_dir / "pirate"), "", "."):
         with pytest.raises(ModelNotFoundError):
             adapters.load([path])
+
+
+def test_only_the_nearest_of_many_are_told(adapters: Adapters, lora_dir: Path) -> None:
+    for number in range(6):
+        (lora_dir / f"p{number}").mkdir()
+        (lora_dir / f"p{number}" / CONFIG_FILE).touch()
+    with pytest.raises(ModelNotFoundError, match="Of 7, the nearest are: pirate, p"):
+        adapters.load(["pirat"])
 
 
 def test_one_that_fails_changes_nothing(adapters: Adapters) -> None:
@@ -95,9 +103,29 @@ def test_of_another_base_model(name: str, changes: dict[str, int], adapters: Ada
     other = build_model("other", {"other": config})
     folder = adapters._lora_dir / name
     save_adapter(other, folder)
-    edit_config(folder, base_model_name_or_path="org/other")
+    edit_config(folder, base_model_name_or_path="org/other", auto_mapping=None)
     with pytest.raises(ModelLoadError, match=r"another base model \(org/other\): .* tiny has"):
         adapters.load([name])
+
+
+def test_of_another_architecture_with_the_same_shapes(
+    adapters: Adapters, lora_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    edit_config(lora_dir / "pirate", auto_mapping={"base_model_class": "Gemma2ForCausalLM"})
+    with pytest.raises(ModelLoadError, match="Gemma2ForCausalLM, and tiny is a LlamaForCausalLM"):
+        adapters.load(["pirate"])
+    for named, warns in (("org/Tiny", False), (None, False), ("org/huge", True)):
+        edit_config(lora_dir / "pirate", auto_mapping=None, base_model_name_or_path=named)
+        caplog.clear()
+        adapters.load(["pirate"])
+        assert ("was made for huge" in caplog.text) is warns
+
+
+def test_names_with_a_colon(adapters: Adapters, lora_dir: Path) -> None:
+    """Where would a model's name end?"""
+    (lora_dir / "pirate").rename(lora_dir / "with:colon")
+    with pytest.raises(ModelLoadError, match="No adapter can be called with:colon"):
+        adapters.load(["with:colon"])
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -144,6 +172,10 @@ def test_files_that_are_damaged(adapters: Adapters, lora_dir: Path) -> None:
     refuse("no update of rank 8")
     edit_weights(folder, **{key("B"): torch.full((64, 4), torch.nan)})
     refuse("no number")
+    edit_weights(folder, **{key("B"): torch.full((64, 4), 1e38)})
+    refuse("too large")
+    edit_config(folder, lora_alpha=1e30)
+    refuse("with a scaling of 2.5e\\+29, is too large")
     config.write_text("{")
     refuse(f"{CONFIG_FILE} is damaged")
     edit_config(folder, some_future_feature=True)
@@ -152,6 +184,27 @@ def test_files_that_are_damaged(adapters: Adapters, lora_dir: Path) -> None:
     refuse("uses init_lora_weights: pissa")
     weights.rename(folder / PICKLE_FILE)
     with pytest.raises(ModelLoadError, match=f"{PICKLE_FILE} could run code"):
+        adapters.load(["pirate"])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("r", 0),
+        ("r", None),
+        ("lora_alpha", "x"),
+        ("lora_alpha", None),
+        ("lora_alpha", float("inf")),
+        ("alpha_pattern", {"q_proj": "z"}),
+        ("rank_pattern", {"(": 8}),
+        ("rank_pattern", [1]),
+        ("auto_mapping", "x"),
+        ("base_model_name_or_path", 5),
+    ],
+)
+def test_values_that_are_damaged(key: str, value: Any, adapters: Adapters, lora_dir: Path) -> None:
+    edit_config(lora_dir / "pirate", **{key: value})
+    with pytest.raises(ModelLoadError, match=f"pirate/{CONFIG_FILE} is damaged: {key} is"):
         adapters.load(["pirate"])
 
 
@@ -238,12 +291,20 @@ async def test_those_of_the_start_are_for_the_first_model(lora_dir: Path, tmp_pa
         lora_dir=lora_dir,
         cpu=True,
         kv_cache_memory=0.01,
+        model_aliases={"alias": "second"},
     )
+    edit_config(lora_dir / "pirate", r=0)
+    with pytest.raises(ModelLoadError, match=f"^{lora_dir}/pirate/{CONFIG_FILE} is damaged"):
+        await ModelManager(settings).load_all(settings.model)
+    edit_config(lora_dir / "pirate", r=4)
     manager = ModelManager(settings)
     try:
         await manager.load_all(settings.model)
         assert [model.adapters.names for model in manager.loaded] == [("pirate",), ()]
         with manager.lease() as lease:
             assert (await lease.get("first:pirate")).name == "first:pirate"
+        manager.find("second").adapters.load(["pirate"])
+        with manager.lease() as lease:
+            assert (await lease.get("alias:pirate")).name == "second:pirate"
     finally:
         manager.close()

@@ -82,11 +82,14 @@ async def test_what_there_is(client: httpx.AsyncClient) -> None:
     assert (await client.get(LIST, headers=ADMIN)).json() == {"lora_names": ["pirate", "poet"]}
 
 
-async def test_faults(client: httpx.AsyncClient) -> None:
+async def test_faults(client: httpx.AsyncClient, tmp_path: Path) -> None:
     for body, param in (({"lora": "poet"}, "lora"), ({"model": "tiny:poet"}, "model")):
         answer = await complete(client, **body)
         assert_error_shape(answer, 404, param=param, code="model_not_found")
         assert "'poet'" in answer.json()["error"]["message"]
+    chat = {"messages": [{"role": "user", "content": "Hi"}], "lora": "poet"}
+    answer = await client.post("/v1/internal/chat-prompt", json=chat)
+    assert_error_shape(answer, 404, param="lora", code="model_not_found")
     # A model that there is not is answered for by the one that is loaded, whatever its name.
     assert (await complete(client, model="gpt-4:poet")).status_code == 200
 
@@ -94,6 +97,14 @@ async def test_faults(client: httpx.AsyncClient) -> None:
     missing = {"lora_names": ["pirate", "nobody"]}
     answer = await client.post(LOAD, json=missing, headers=ADMIN)
     assert_error_shape(answer, 404, code="model_not_found")
+    (folder := tmp_path / "damaged").mkdir()
+    (folder / "adapter_config.json").write_text("{")
+    answer = await client.post(LOAD, json={"lora_names": ["damaged"]}, headers=ADMIN)
+    assert_error_shape(answer, 400, param="lora_names")
+    for path in (LOAD, UNLOAD):  # the default model stays as it is
+        wish = {"model": "gpt-4", "lora_names": ["pirate"]}
+        answer = await client.post(path, json=wish, headers=ADMIN)
+        assert_error_shape(answer, 404, code="model_not_found")
     empty = await client.post(LOAD, json={"lora_names": []}, headers=ADMIN)
     assert_error_shape(empty, 400, param="lora_names")
     assert (await client.get("/v1/internal/model/info")).json()["lora_names"] == ["poet"]
