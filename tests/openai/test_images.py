@@ -288,14 +288,14 @@ async def test_compression(client: httpx.AsyncClient) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "name"),
+    ("asked", "name"),
     [(None, "url"), ("dall-e-2", "url"), ("gpt-image-2", "b64_json"), ("any", "url")],
 )
 async def test_the_default_is_what_openai_has_for_a_model(
-    client: httpx.AsyncClient, model: str | None, name: str
+    client: httpx.AsyncClient, asked: str | None, name: str
 ) -> None:
-    assert list((await generate(client, size="64x64", model=model))["data"][0]) == [name]
-    answer = await generate(client, size="64x64", model=model, response_format="url")
+    assert list((await generate(client, size="64x64", model=asked))["data"][0]) == [name]
+    answer = await generate(client, size="64x64", model=asked, response_format="url")
     assert list(answer["data"][0]) == ["url"]
 
 
