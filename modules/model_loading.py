@@ -190,7 +190,6 @@ def _find_and_load(name: str, settings: Settings, shared: Shared, report: Report
 
 
 def _find(name: str, settings: Settings, report: Report) -> FoundModel:
-    report(LoadProgress(LoadStage.FINDING))
     try:
         return find_model(name, settings, report=report)
     except OSError as error:  # a folder that may not be read, a name that is too long for one

@@ -26,7 +26,7 @@ from modules.errors import (
     ModelNotFoundError,
     NoModelLoadedError,
 )
-from modules.load_progress import Report, report_nothing
+from modules.load_progress import LoadProgress, LoadStage, Report, report_nothing
 from modules.loaded_model import LoadedModel
 from modules.memory import KVBudget
 from modules.model_files import list_models
@@ -399,6 +399,7 @@ class ModelManager:
         """Load a model, and let those go that it takes the place of: after that, or before, where
         there is no memory for both.
         """
+        report(LoadProgress(LoadStage.FINDING))
         leaving = self._choose_leaving(wish.name)
         if self._leaving and not await self._has_room(wish, report):
             await self._wait_for_leaving()

@@ -167,7 +167,8 @@ def _explain(name: str, rows: Mapping[str, Setting]) -> str:
 
 
 def _refuse(param: str, reason: str) -> InvalidRequestError:
-    return InvalidRequestError(f"Invalid value for '{param}': {reason}.", param)
+    end = "" if reason.endswith("?") else "."
+    return InvalidRequestError(f"Invalid value for '{param}': {reason}{end}", param)
 
 
 def _try_out(settings: Settings, model_name: str) -> None:

@@ -185,7 +185,7 @@ async def test_progress_is_handed_on(make: Make, loading: FakeLoading) -> None:
     begun.report(LoadProgress(LoadStage.DOWNLOADING, 0.5))
     begun.finish()
     await task
-    assert told == [LoadProgress(LoadStage.DOWNLOADING, 0.5)]
+    assert told == [LoadProgress(LoadStage.FINDING), LoadProgress(LoadStage.DOWNLOADING, 0.5)]
 
 
 async def test_where_there_are_too_many_the_longest_unused_goes(

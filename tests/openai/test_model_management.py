@@ -190,9 +190,9 @@ async def test_progress_is_streamed(app: FastAPI, manager: FakeModelManager) -> 
     assert response.headers["content-type"].startswith("text/event-stream")
     *events, done = read_events(response.text)
     assert done == "[DONE]"
+    told = [("finding", None), ("downloading", 0.5), ("trying out", None), ("ready", None)]
     assert events == [
-        {"object": "model.load", "stage": stage, "fraction": fraction}
-        for stage, fraction in (("downloading", 0.5), ("trying out", None), ("ready", None))
+        {"object": "model.load", "stage": stage, "fraction": fraction} for stage, fraction in told
     ]
     assert manager.current.name == "other"
 
