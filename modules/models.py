@@ -10,6 +10,7 @@ Everything here happens on the event loop; what takes long, in threads.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing, contextmanager, suppress
@@ -25,6 +26,7 @@ from modules.errors import (
     GenerationAbortedError,
     ModelNotFoundError,
     NoModelLoadedError,
+    ServerError,
 )
 from modules.load_progress import LoadProgress, LoadStage, Report, report_nothing
 from modules.loaded_model import LoadedModel
@@ -32,6 +34,8 @@ from modules.memory import KVBudget
 from modules.model_files import list_models
 from modules.model_loading import Shared, start_loading, start_looking_for_room
 from modules.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 StartLoading = Callable[[str, Settings, Shared, Report], "Future[LoadedModel]"]
@@ -437,11 +441,18 @@ class ModelManager:
         await self._wait_for_leaving()
         try:
             return await self._load_beside((), wish, report)
-        except Exception:
+        except Exception:  # whatever it was: the others must come back, and it is raised again
             for each in wishes:
-                await self._load_beside((), each, report_nothing)
+                await self._restore(each)
             self._default = default
             raise
+
+    async def _restore(self, wish: _Wish) -> None:
+        """One that cannot be had again takes no other with it, nor the reason why it had to go."""
+        try:
+            await self._load_beside((), wish, report_nothing)
+        except ServerError as error:
+            logger.error("%s could not be loaded again: %s", wish.name, error)
 
     async def _wait_for_leaving(self) -> None:
         if self._leaving:

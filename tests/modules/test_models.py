@@ -261,6 +261,36 @@ async def test_those_that_make_room_can_be_unloaded_before_others_that_wait_for_
         await unloading
 
 
+async def test_what_cannot_come_back_does_not_hide_why_it_had_to_go(
+    make: Make, loading: FakeLoading
+) -> None:
+    manager = make(max_loaded_models=2)
+    await load(manager, loading, "a")
+    await load(manager, loading, "b")
+    loading.has_room = False
+    task = begin(manager.load("c", {"max_model_len": 64}))
+    (await loading.next()).future.set_exception(ModelLoadError("It is damaged."))
+    (await loading.next()).future.set_exception(ModelLoadError("It has gone."))
+    with pytest.raises(ModelLoadError, match="damaged"):
+        await task
+    assert names(manager) == ["b"]
+
+
+async def test_all_generations_are_ended_also_of_models_that_go(
+    make: Make, loading: FakeLoading
+) -> None:
+    manager = make()
+    engine = await load(manager, loading, "a")
+    engine.enqueue("x", blocks=True)
+    with manager.lease() as lease:
+        running = begin(generate(await lease.get()))
+        await load(manager, loading, "b")
+        await settle_until(engine.blocked.is_set)
+        manager.abort_all()
+        await running
+    assert engine.aborted == ["r"]
+
+
 async def test_at_the_end_those_that_wait_are_told(make: Make, loading: FakeLoading) -> None:
     manager = make("b", model_autoload=True)
     await load(manager, loading, "a")
