@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from itertools import chain
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -20,15 +21,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
 TokenIds = tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class ReadImages:
-    """Of a prompt's images, in order."""
-
-    token_ids: tuple[TokenIds, ...]
-    """Of each, what the one token that the template writes for it becomes."""
-    inputs: ImageInputs
 
 
 class ImageReader:
@@ -52,9 +44,9 @@ class ImageReader:
         self.sample = self.read([_draw_sample()])
         """Of one small picture, to try a model with."""
 
-    def read(self, pictures: Sequence[Image.Image]) -> ReadImages:
+    def read(self, pictures: Sequence[Image.Image]) -> ImageInputs:
         """At least one. How many tokens one has may depend on the others."""
-        text = self._separator.join([self.placeholder or ""] * len(pictures))
+        text = f"{self.placeholder}{self._separator}" * len(pictures)
         with self._lock:
             features = self._processor(
                 text=[text], images=[list(pictures)], add_special_tokens=False, return_tensors="pt"
@@ -67,7 +59,8 @@ class ImageReader:
         token_ids = _split(whole, self._separator_id)
         if len(token_ids) != len(pictures):
             raise ValueError("it does not write one place for each image")
-        return ReadImages(token_ids, ImageInputs(dict(features), token_kinds))
+        keys = tuple(map(_to_key, pictures, token_ids))
+        return ImageInputs(token_ids, keys, self._separator_id, dict(features), token_kinds)
 
 
 def _draw_sample() -> Image.Image:
@@ -90,7 +83,7 @@ class RequestImages:
     def __init__(self, reader: ImageReader, images: Sequence[ShownImage]) -> None:
         self._reader = reader
         self._images = tuple(images)
-        self._known: dict[tuple[int, ...], ReadImages] = {}
+        self._known: dict[tuple[int, ...], ImageInputs] = {}
 
     def place(self, numbers: tuple[int, ...], token_ids: TokenIds) -> tuple[TokenIds, ImageInputs]:
         """A prompt with the tokens of the images of these numbers, and what else the model needs.
@@ -104,13 +97,13 @@ class RequestImages:
         images = self._read(numbers)
         rest = iter(images.token_ids)
         expanded = (next(rest) if token_id == place else (token_id,) for token_id in token_ids)
-        return tuple(chain.from_iterable(expanded)), images.inputs
+        return tuple(chain.from_iterable(expanded)), images
 
     def count_tokens(self) -> list[int]:
         """Of each image, where all of them are in the prompt. Raises InvalidRequestError."""
         return list(map(len, self._read(tuple(range(len(self._images)))).token_ids))
 
-    def _read(self, numbers: tuple[int, ...]) -> ReadImages:
+    def _read(self, numbers: tuple[int, ...]) -> ImageInputs:
         if numbers not in self._known:
             shown = [self._images[number] for number in numbers]
             try:
@@ -131,6 +124,13 @@ class RequestImages:
         return InvalidRequestError("This model cannot read these images together.", "messages")
 
 
+def _to_key(picture: Image.Image, token_ids: TokenIds) -> int:
+    """As many tokens of the same picture, from the same processor, look the same."""
+    digest = blake2b(repr((picture.mode, picture.size, token_ids)).encode(), digest_size=16)
+    digest.update(picture.tobytes())
+    return int.from_bytes(digest.digest())
+
+
 def _is_per_token(name: str, value: Any, ids: Tensor) -> bool:
     return name.endswith("token_type_ids") and value.shape == ids.shape
 
@@ -144,10 +144,7 @@ def _to_kinds(token_ids: list[int], numbers: list[int]) -> dict[int, int]:
 
 
 def _split(token_ids: list[int], separator_id: int) -> tuple[TokenIds, ...]:
-    parts: list[list[int]] = [[]]
-    for token_id in token_ids:
-        if token_id == separator_id:
-            parts.append([])
-        else:
-            parts[-1].append(token_id)
-    return tuple(map(tuple, parts))
+    """After each part there is a separator."""
+    ends = [index for index, token_id in enumerate(token_ids) if token_id == separator_id]
+    starts = [0, *(end + 1 for end in ends)]
+    return tuple(tuple(token_ids[start:end]) for start, end in zip(starts, ends, strict=False))

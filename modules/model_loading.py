@@ -210,9 +210,7 @@ def _load(
     wished_model_len = _wished_model_len(model.config, tokenizer, settings)
     report(LoadProgress(LoadStage.TRYING_OUT))
     with _blame_weights(found.path, model):
-        if reader is not None:
-            try_out_images(found.name, model, reader)
-        is_batched = reader is None and try_out(found.name, model, wished_model_len)
+        is_batched = try_out(found.name, model, wished_model_len, reader)
     # After the probe, which compares with the model's own layers.
     # As the files have them, unless they have become numbers again.
     stored = None if settings.dtype in FORMATS else quantization_of(model.config)
@@ -276,25 +274,22 @@ def _dtype_name(model: PreTrainedModel, settings: Settings) -> str:
     return str(model.dtype).removeprefix("torch.")
 
 
-def try_out(name: str, model: PreTrainedModel, max_model_len: int) -> bool:
-    """Whether `model` is for batches; if not, it runs alone.
+def try_out(
+    name: str, model: PreTrainedModel, max_model_len: int, reader: ImageReader | None = None
+) -> bool:
+    """Whether `model` is for batches, also with images if there is a reader; if not, it runs alone.
 
     Raises ModelLoadError if it does not run at all.
     """
+    images = reader.sample if reader else None
     try:
         require_fixed_positions(model.config.get_text_config(), max_model_len)
-        probe(model)
+        probe(model, images)
     except NotBatchableError as error:
-        probe_alone(model)
+        probe_alone(model, images)
         logger.warning("%s: %s Requests run one at a time.", name, error)
         return False
     return True
-
-
-def try_out_images(name: str, model: PreTrainedModel, reader: ImageReader) -> None:
-    """Let `model` look at a picture. It runs alone. Raises ModelLoadError if it cannot."""
-    probe_alone(model, reader.sample.token_ids[0], reader.sample.inputs)
-    logger.warning("%s reads images: requests run one at a time.", name)
 
 
 def _choose_config(

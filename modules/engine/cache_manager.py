@@ -161,8 +161,8 @@ class CacheManager:
         """Of the block at `index`; the one before, which is recorded, is in `blocks`."""
         parent = self._contents[blocks[index - 1]][1] if index else 0
         start = index * self.block_size
-        token_ids = tuple(seq.token_ids[start : start + self.block_size])
-        return Content(parent, token_ids, seq.cache_salt)
+        content = seq.read_content(start, start + self.block_size)
+        return Content(parent, content, seq.cache_salt)
 
     def _hold(self, block: int) -> None:
         self._num_references[block] += 1

@@ -81,13 +81,11 @@ class Engine:
         """Queue a generation. What is to be read must have a token, and at most `max_model_len` of
         them; what is guided, and the negative prompt with it, `max_guided_len`.
 
-        Raises ValueError if it has more, for it would wait for ever; if there are images, which are
-        GenerateEngine's; and if the id is that of a generation that has not ended.
+        Raises ValueError if it has more, for it would wait for ever; if the images are not those of
+        the prompt; and if the id is that of a generation that has not ended.
         """
         if request.request_id in self._sequences:
             raise ValueError(f"{request.request_id} is running already")
-        if request.images is not None:
-            raise ValueError("images cannot be read in a batch")
         is_guided = request.negative_prompt_token_ids is not None
         longest = self.max_guided_len if is_guided else self.config.max_model_len
         num_tokens = request.num_longest_prompt_tokens + len(request.output_token_ids)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -14,12 +15,35 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ImageInputs:
-    """Of all images of one prompt, by the names of the model's own arguments."""
+    """Of the images of one prompt, in their order."""
 
+    token_ids: tuple[tuple[int, ...], ...]
+    """Of each image, what stands for it in the prompt."""
+    keys: tuple[int, ...]
+    """Of each image a number, not negative, that no image has which looks another way."""
+    separator_id: int
+    """A token of text, to tell by it where an image ends."""
     tensors: Mapping[str, Tensor]
-    """In the order of the images' tokens, as the model wants them."""
+    """Of all images together, by the names of the model's own arguments."""
     token_kinds: Mapping[str, Mapping[int, int]]
     """Of arguments that have a number for each token: those of the token ids that are no text."""
+
+    @property
+    def separated_token_ids(self) -> tuple[int, ...]:
+        """A prompt of nothing but the images, a separator after each."""
+        return tuple(chain.from_iterable((*own, self.separator_id) for own in self.token_ids))
+
+    def find_places(self, token_ids: Sequence[int]) -> tuple[range, ...]:
+        """Where in a prompt each image is. Raises ValueError if it does not have them, in order."""
+        places = []
+        start = 0
+        for own in self.token_ids:
+            start = token_ids.index(own[0], start)
+            while tuple(token_ids[start : start + len(own)]) != own:
+                start = token_ids.index(own[0], start + 1)
+            places.append(range(start, start + len(own)))
+            start += len(own)
+        return tuple(places)
 
     def to_arguments(
         self, token_ids: Sequence[int], device: torch.device, dtype: torch.dtype

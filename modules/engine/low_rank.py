@@ -108,11 +108,15 @@ class LinearLayers:
 
     @cached_property
     def _modules(self) -> dict[str, nn.Module]:
-        """Between the embeddings and the head, which see other rows; and so do experts."""
+        """Of the part that reads texts, between the embeddings and the head, which see other rows;
+        and so do experts.
+        """
         apart = {id(self._model.get_output_embeddings()), id(self._model.get_input_embeddings())}
+        text_part = self._model.get_decoder()
+        own_path = next(path for path, each in self._model.named_modules() if each is text_part)
         return {
             path: module
-            for path, module in self._model.named_modules()
+            for path, module in text_part.named_modules(prefix=own_path)
             if isinstance(module, nn.Linear | Conv1D)
             and id(module) not in apart
             and "experts" not in path.split(".")

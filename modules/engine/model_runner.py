@@ -25,6 +25,14 @@ from modules.engine.cuda_graphs import DecodeGraphs, make_cuda_graphs
 from modules.engine.fused_layers import find_fused_layers
 from modules.engine.guidance import guide
 from modules.engine.hidden_states import record_hidden_states
+from modules.engine.image_embeddings import (
+    ImageEmbedder,
+    ImageRows,
+    find_positions,
+    find_rows,
+    insert_rows,
+    place_images,
+)
 from modules.engine.logprobs import Logprobs, compute_logprobs
 from modules.engine.low_rank import AdaptableLayers, AdaptedRows, LinearLayers
 from modules.engine.sampler import sample
@@ -71,10 +79,12 @@ def input_device(model: PreTrainedModel) -> torch.device:
 
 class ModelRunner:
     def __init__(self, model: PreTrainedModel, num_blocks: int, block_size: int) -> None:
-        model.set_attn_implementation(ATTENTION_NAME)
+        # A part that sees keeps its own.
+        model.get_decoder().set_attn_implementation(ATTENTION_NAME)
         self._model = model.eval()
         self.layers: AdaptableLayers = find_fused_layers(model) or LinearLayers(model)
         self._device = input_device(model)
+        self._embedder = ImageEmbedder(model, self._device)
         self._can_select_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._attention = build_attention(self._device, num_blocks, block_size)
         self._graphs: DecodeGraphs | None = None
@@ -128,22 +138,31 @@ class ModelRunner:
         sampled and of their companions, and after each token of their drafts; then before each
         token of a prompt that is scored.
         """
+        self._look_at_images(batch)
         packed = _pack(batch)
         with self.layers.adapting(packed.adapted):
             logits = self._replay(packed, batch)
             if logits is None:
                 attention = self._attention.batch(packed.segments)
-                logits = self._read(packed.token_ids, packed.positions, attention, packed.kept)
+                logits = self._read(
+                    packed.token_ids, packed.positions, attention, packed.kept, packed.images
+                )
         return logits.float()
+
+    def _look_at_images(self, batch: ScheduledBatch) -> None:
+        for seq in (item.seq for item in batch.items):
+            if seq.images is not None and not seq.placed_images:
+                with _TURN:
+                    embedded = self._embedder.embed(seq.images)
+                seq.placed_images = place_images(embedded, seq.image_places)
 
     def _replay(self, packed: _Packed, batch: ScheduledBatch) -> Tensor | None:
         """The logits, if this step is one that can be recorded."""
         num_rows = len(packed.token_ids)
         is_step_of_ones = len(batch.items) == num_rows and packed.kept == [*range(num_rows)]
-        # What is replayed adds no updates, and does not tell its hidden states.
-        is_plain = not packed.adapted and not any(
-            item.seq.params.hidden_states for item in batch.items
-        )
+        # What is replayed adds no updates, reads ids, and does not tell its hidden states.
+        wants_states = any(item.seq.params.hidden_states for item in batch.items)
+        is_plain = not (packed.adapted or packed.images or wants_states)
         if self._graphs is None or not is_step_of_ones or not is_plain:
             return None
         return self._graphs.run(packed.token_ids, packed.positions, packed.segments)
@@ -154,30 +173,28 @@ class ModelRunner:
         positions: list[int],
         attention: AttentionBatch,
         rows: list[int],
+        images: tuple[ImageRows, ...] = (),
     ) -> Tensor:
         ids, places = (upload([row], self._device) for row in (token_ids, positions))
+        inputs = {"input_ids": ids, "position_ids": places}
+        if images:
+            embeddings: Any = self._model.get_input_embeddings()
+            parts = insert_rows(images, embeddings(ids), places)
+            inputs = dict(zip(("inputs_embeds", "position_ids"), parts, strict=True))
         # Layers may be on several cards: an index on the host goes with any of them.
         is_spread = _num_devices(self._model) > 1
         kept = upload(rows, torch.device("cpu") if is_spread else self._device, torch.long)
         selected = {"logits_to_keep": kept} if self._can_select_logits else {}
         with _TURN:
-            logits = self._call(ids, places, attention, **selected)
+            logits = self._call(attention, **inputs, **selected)
         return logits if self._can_select_logits else logits[kept]
 
     def _read_rows(self, ids: Tensor, positions: Tensor, attention: AttentionBatch) -> Tensor:
-        return self._call(ids[None], positions[None], attention)
+        return self._call(attention, input_ids=ids[None], position_ids=positions[None])
 
-    def _call(
-        self, ids: Tensor, positions: Tensor, attention: AttentionBatch, **options: Tensor
-    ) -> Tensor:
+    def _call(self, attention: AttentionBatch, **inputs: Tensor) -> Tensor:
         """Logits, [num_rows, vocab_size]."""
-        output = self._model(
-            input_ids=ids,
-            position_ids=positions,
-            use_cache=False,
-            attention_batch=attention,
-            **options,
-        )
+        output = self._model(use_cache=False, attention_batch=attention, **inputs)
         logits: Tensor = output.logits[0]
         return logits
 
@@ -196,6 +213,8 @@ class _Packed:
     kept: list[int]
     """Places in the row whose logits are wanted, those to sample from first."""
     adapted: tuple[AdaptedRows, ...]
+    images: tuple[ImageRows, ...]
+    """What is read in the places of their tokens."""
 
 
 def _pack(batch: ScheduledBatch) -> _Packed:
@@ -203,6 +222,7 @@ def _pack(batch: ScheduledBatch) -> _Packed:
     positions: list[int] = []
     segments = []
     adapted = []
+    images: list[ImageRows] = []
     first_rows: dict[int, int] = {}
     for adapters, items in groupby(_sort_by_adapters(batch.items), lambda item: item.seq.adapters):
         start = len(token_ids)
@@ -213,7 +233,9 @@ def _pack(batch: ScheduledBatch) -> _Packed:
             for first, stop in pairwise((item.start, *range(item.end, end + 1))):
                 segments.append(Segment(item.block_table, offset + first - item.start, first, stop))
             token_ids += [*item.seq.token_ids[item.start : item.end], *item.draft]
-            positions += range(item.start, end)
+            placed = item.seq.placed_images
+            positions += find_positions(placed, item.start, end)
+            images += find_rows(placed, item.start, item.end, offset)
         if adapters:
             adapted.append(AdaptedRows(start, len(token_ids), adapters))
     kept: list[int] = []
@@ -223,7 +245,7 @@ def _pack(batch: ScheduledBatch) -> _Packed:
     for item in batch.items:
         # What follows a token is said by its own row.
         kept += [first_rows[id(item)] + place - 1 - item.start for place in item.scored]
-    return _Packed(token_ids, positions, tuple(segments), kept, tuple(adapted))
+    return _Packed(token_ids, positions, tuple(segments), kept, tuple(adapted), tuple(images))
 
 
 def _sort_by_adapters(items: tuple[ScheduledSequence, ...]) -> list[ScheduledSequence]:

@@ -22,8 +22,14 @@ from transformers import PreTrainedModel
 from modules.engine.attention import AttentionBatch, PagedAttention, Segment
 from modules.engine.engine import EngineConfig
 from modules.engine.generate_engine import GenerateEngine
+from modules.engine.image_embeddings import (
+    EmbeddedImage,
+    place_images,
+    record_text_inputs,
+    split_images,
+)
 from modules.engine.image_inputs import ImageInputs
-from modules.engine.model_runner import ModelRunner, can_batch, choose_block_size
+from modules.engine.model_runner import ModelRunner, can_batch, choose_block_size, input_device
 from modules.engine.sampling_params import SamplingParams
 from modules.engine.scheduler import ScheduledBatch, ScheduledSequence
 from modules.engine.sequence import Sequence, SequenceRequest
@@ -34,6 +40,10 @@ from modules.errors import ModelLoadError, NotBatchableError
 STEPS = ((17, 11), (28, 12))
 # In tokens: what the prompts outgrow.
 WINDOW = 10
+# Where the first one has a part of an image, if the model sees: it is read in two chunks.
+IMAGE_PLACE = range(10, 24)
+# What the text part of a model may be given.
+TEXT_INPUTS = ("inputs_embeds", "position_ids", "attention_mask", "cache_position")
 # By a model alone: the first one is what follows the prompt, then it reads what it has said.
 NUM_GENERATED_TOKENS = 3
 # Of the logits' length as a vector. Both ways add the same numbers in another order: in float32
@@ -56,8 +66,9 @@ _FAULTS = (
 )
 
 
-def probe(model: PreTrainedModel) -> None:
-    """Let `model` read two sequences side by side and each alone, and compare.
+def probe(model: PreTrainedModel, images: ImageInputs | None = None) -> None:
+    """Let `model` read two sequences side by side and each alone, and compare; once more with
+    what it makes of `images`, if there are any.
 
     It has the engine's attention from then on.
 
@@ -71,6 +82,8 @@ def probe(model: PreTrainedModel) -> None:
     try:
         with torch.inference_mode(), _short_windows(model):
             _compare(model)
+            if images is not None:
+                _compare(model, _embed(model, images))
     except torch.OutOfMemoryError:
         raise  # says nothing about the model
     except (NotBatchableError, *_FAULTS) as error:
@@ -89,17 +102,15 @@ def count_kv_bytes(model: PreTrainedModel) -> int:
     return runner.num_kv_bytes_per_token
 
 
-def probe_alone(
-    model: PreTrainedModel, image: tuple[int, ...] = (), inputs: ImageInputs | None = None
-) -> None:
-    """Let `model` generate by itself, after the tokens of an image if there is one.
+def probe_alone(model: PreTrainedModel, images: ImageInputs | None = None) -> None:
+    """Let `model` generate by itself, after images if there are any.
 
     Raises ModelLoadError if what it says is of no use.
     """
     model.eval()
     try:
         is_causal = _is_causal(model)
-        _generate(model, image, inputs)
+        _generate(model, images)
     except torch.OutOfMemoryError:
         raise
     except _FAULTS as error:
@@ -108,21 +119,86 @@ def probe_alone(
         raise _refusal_alone(model, "it generates no text, as every token looks at those after it")
 
 
-def _compare(model: PreTrainedModel) -> None:
+def _compare(model: PreTrainedModel, image: EmbeddedImage | None = None) -> None:
     prompts = _prompts(model)
     # Eager is the definition; transformers' faster functions leave out what they do not know, such
     # as a soft cap.
     model.set_attn_implementation("eager")
-    own = [model(input_ids=prompt, use_cache=False).logits[0].float() for prompt in prompts]
+    inputs = [{"input_ids": prompt} for prompt in prompts]
+    if image is not None:
+        inputs[0] = _insert(model, prompts[0], image)
+    own = [model(**own, use_cache=False).logits[0].float() for own in inputs]
     runner = _ProbedRunner(model)
     tolerance = _tolerance(model)
-    for batch in _batches(prompts):
+    for batch in _batches(prompts, image):
         packed = runner.logits(batch)
         expected = torch.stack([own[item.block_table[0]][item.end - 1] for item in batch.items])
         if not _distance(packed, expected) <= tolerance:  # also if it is NaN
             raise _refusal(model, "in a batch its results would be wrong")
         if not runner.ledger.is_complete(batch, model.config.get_text_config().num_hidden_layers):
             raise _refusal(model, "it does not keep keys and values once per token and layer")
+
+
+def _embed(model: PreTrainedModel, images: ImageInputs) -> EmbeddedImage:
+    """What has its place in the prompt. Raises NotBatchableError if it is not read as a text is."""
+    model.set_attn_implementation("eager")  # whose masks say what they hide
+    handed = record_text_inputs(model, images, input_device(model))
+    more = [name for name in handed if name not in TEXT_INPUTS and _has_tensors(handed[name])]
+    if more:
+        raise _refusal(model, f"images are more than embeddings to it, {more[0]} too")
+    if _sees_ahead(handed.get("attention_mask")):
+        raise _refusal(model, "it does not read images from left to right")
+    image, *_ = split_images(images, handed)
+    return _repeat(image, len(IMAGE_PLACE))
+
+
+def _repeat(image: EmbeddedImage, num_tokens: int) -> EmbeddedImage:
+    """As often as there is room for, the last time in part."""
+    numbers = torch.arange(num_tokens)
+    taken, times = numbers % image.num_tokens, numbers // image.num_tokens
+    positions = image.positions[:, taken] + times * image.num_positions
+    return EmbeddedImage(image.embeddings[taken], positions, int(positions.max()) + 1)
+
+
+def _has_tensors(value: Any) -> bool:
+    parts = value.values() if isinstance(value, dict) else value
+    is_group = isinstance(value, dict | list | tuple)
+    return isinstance(value, Tensor) or (is_group and any(map(_has_tensors, parts)))
+
+
+def _sees_ahead(mask: Any) -> bool:
+    """`mask`: [..., num_queries, num_keys], false or very negative where nothing is seen; one for
+    each kind of layer; or None.
+    """
+    if isinstance(mask, dict):
+        return any(map(_sees_ahead, mask.values()))
+    if mask is None or mask.dim() < 4:
+        return False
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return bool(seen.triu(1).any())
+
+
+def _insert(model: PreTrainedModel, prompt: Tensor, image: EmbeddedImage) -> dict[str, Tensor]:
+    """`prompt` with `image` in its place, as the model's own code takes it."""
+    embed: Any = model.get_input_embeddings()
+    before, after = (
+        embed(part) for part in (prompt[:, : IMAGE_PLACE.start], prompt[:, IMAGE_PLACE.stop :])
+    )
+    start = IMAGE_PLACE.start
+    end = start + image.num_positions
+    axes = len(image.positions)
+    positions = torch.cat(
+        [
+            torch.arange(start).expand(axes, -1),
+            image.positions + start,
+            torch.arange(end, end + after.shape[1]).expand(axes, -1),
+        ],
+        dim=1,
+    ).to(prompt.device)
+    return {
+        "inputs_embeds": torch.cat([before, image.embeddings[None], after], dim=1),
+        "position_ids": positions if axes == 1 else positions[:, None],
+    }
 
 
 @torch.inference_mode()
@@ -135,12 +211,13 @@ def _is_causal(model: PreTrainedModel) -> bool:
     return _distance(part, whole[:-1]) <= _tolerance(model)
 
 
-def _generate(model: PreTrainedModel, image: tuple[int, ...], inputs: ImageInputs | None) -> None:
-    prompt = (*image, *_prompts(model)[0][0].tolist())
+def _generate(model: PreTrainedModel, images: ImageInputs | None) -> None:
+    shown = images.separated_token_ids if images else ()
+    prompt = (*shown, *_prompts(model)[0][0].tolist())
     length = 2 * len(prompt)
     engine = GenerateEngine(model, EngineConfig(max_model_len=length, num_cache_tokens=length))
     params = SamplingParams(temperature=0.0, max_tokens=NUM_GENERATED_TOKENS)
-    engine.add(SequenceRequest("probe", prompt, params, images=inputs))
+    engine.add(SequenceRequest("probe", prompt, params, images=images))
     while engine.has_unfinished:
         engine.step()
 
@@ -222,11 +299,13 @@ def _prompts(model: PreTrainedModel) -> list[Tensor]:
     ]
 
 
-def _batches(prompts: list[Tensor]) -> list[ScheduledBatch]:
+def _batches(prompts: list[Tensor], image: EmbeddedImage | None) -> list[ScheduledBatch]:
     seqs = []
     for number, prompt in enumerate(prompts):
         ids = tuple(prompt[0].tolist())
         seqs.append(Sequence(SequenceRequest(f"probe-{number}", ids), len(ids) + 1))
+    if image is not None:
+        seqs[0].placed_images = place_images([image], [IMAGE_PLACE])
     batches = []
     starts = (0,) * len(seqs)
     for ends in STEPS:

@@ -21,6 +21,7 @@ from modules.engine.token_rules import to_token_rules
 
 if TYPE_CHECKING:  # it knows torch
     from modules.engine.custom_processors import LogitsProcessor
+    from modules.engine.image_embeddings import PlacedImage
     from modules.engine.image_inputs import ImageInputs
     from modules.engine.low_rank import Adapter
 
@@ -48,7 +49,7 @@ class SequenceRequest:
     is_background: bool = False
     """Nobody waits for it: it goes on only while nothing else is there to be generated."""
     images: ImageInputs | None = None
-    """For which there are tokens in the prompt."""
+    """Whose tokens are in the prompt."""
 
     @property
     def num_longest_prompt_tokens(self) -> int:
@@ -96,6 +97,9 @@ class Sequence:
         self.token_rules = to_token_rules(params, eos_token_ids)
         self.logits_processors = request.logits_processors
         self.images = request.images
+        self.image_places = self.images.find_places(self.token_ids) if self.images else ()
+        self.placed_images: tuple[PlacedImage, ...] = ()
+        """What is read there; the runner fills it in when it comes to it."""
         # Only what a step looks at is kept.
         self.history = GrowingArray(self.token_ids) if self.plan.needs_history else None
         self.output_counts = TokenCounts() if self.plan.needs_counts else None
@@ -157,6 +161,15 @@ class Sequence:
             self.output_counts.add(token_id)
         if self.companion is not None:
             self.companion.append(token_id)
+
+    def read_content(self, start: int, end: int) -> tuple[int, ...]:
+        """What is read at [start, end): tokens, and negative numbers where an image is."""
+        content = self.token_ids[start:end]
+        keys = self.images.keys if self.images else ()
+        for place, key in zip(self.image_places, keys, strict=True):
+            own = range(max(start, place.start), min(end, place.stop))
+            content[own.start - start : own.start - start + len(own)] = [-1 - key] * len(own)
+        return tuple(content)
 
     def find_finish_reason(self) -> FinishReason | None:
         """Why the last token ends the sequence; None if it does not."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +11,11 @@ from transformers import PreTrainedModel
 
 from modules.engine.image_inputs import ImageInputs
 from modules.engine.sequence import SequenceRequest
-from tests.engine.conftest import EngineFactory, request, run, token_ids
+from tests.engine.conftest import request, run, token_ids
 from tests.engine.test_generate_engine import fail_once, make
 from tests.vision import IDS, PATCH, QWEN_IDS, build_vision_model
 
+SEPARATOR = 45
 PLACES = {"llava": IDS["<image>"], "qwen2_vl": IDS["<|image_pad|>"]}
 
 
@@ -22,11 +24,15 @@ def build_inputs(kind: str, seed: int = 0) -> ImageInputs:
     generator = torch.Generator().manual_seed(seed)
     if kind == "llava":
         pixels = torch.randn(1, 3, 2 * PATCH, 2 * PATCH, generator=generator)
-        return ImageInputs({"pixel_values": pixels}, {})
+        return _inputs(kind, seed, {"pixel_values": pixels}, {})
     patches = torch.randn(16, 2 * 3 * PATCH**2, generator=generator)
     grid = torch.tensor([[1, 4, 4]])
     kinds = {"mm_token_type_ids": {PLACES[kind]: 1}}
-    return ImageInputs({"pixel_values": patches, "image_grid_thw": grid}, kinds)
+    return _inputs(kind, seed, {"pixel_values": patches, "image_grid_thw": grid}, kinds)
+
+
+def _inputs(kind: str, seed: int, tensors: dict[str, Any], kinds: dict[str, Any]) -> ImageInputs:
+    return ImageInputs(((PLACES[kind],) * 4,), (seed,), SEPARATOR, tensors, kinds)
 
 
 def show(kind: str, name: str, seed: int = 0, **params: object) -> SequenceRequest:
@@ -59,11 +65,6 @@ def test_arguments() -> None:
         "mm_token_type_ids": torch.int64,
     }
     assert arguments["mm_token_type_ids"].tolist() == [[0, 1, 0]]
-
-
-def test_batches_have_none(make_engine: EngineFactory) -> None:
-    with pytest.raises(ValueError, match="images"):
-        make_engine().add(show("llava", "a"))
 
 
 def test_who_is_interrupted_looks_again(kind: str) -> None:

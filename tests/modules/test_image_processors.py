@@ -36,9 +36,9 @@ def test_images_become_tokens_and_tensors(folder: Path) -> None:
     pictures = [draw(0), draw(1, (90, 130))]
     read = reader.read(pictures)
     assert [set(ids) for ids in read.token_ids] == [{IDS["<|image_pad|>"]}] * 2
-    grid = read.inputs.tensors["image_grid_thw"].tolist()
+    grid = read.tensors["image_grid_thw"].tolist()
     assert [len(ids) for ids in read.token_ids] == [h * w // 4 for _, h, w in grid]
-    assert read.inputs.token_kinds == {"mm_token_type_ids": {IDS["<|image_pad|>"]: 1}}
+    assert read.token_kinds == {"mm_token_type_ids": {IDS["<|image_pad|>"]: 1}}
 
 
 def test_a_model_without_the_files_for_it_reads_text(

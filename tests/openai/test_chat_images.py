@@ -160,7 +160,7 @@ async def test_the_ids_are_transformers_own(seeing: LoadedModel, oracle: Oracle)
     """Also where a search reads the prompt again with what has been generated."""
     inputs = oracle.read(TWO, PICTURES_OF["two"])
     reader = seeing.image_reader
-    images = reader.read(PICTURES_OF["two"]).inputs
+    images = reader.read(PICTURES_OF["two"])
     prompt = tuple(inputs["input_ids"][0].tolist())
     ways: list[tuple[BeamOptions | None, dict[str, int]]] = [(None, {})]
     if seeing.name != "llava":  # of whose beams some are as good as others
