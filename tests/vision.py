@@ -35,6 +35,8 @@ TOKENIZER = build_tokenizer(*SPECIAL)
 IDS = {text: TOKENIZER.convert_tokens_to_ids(text) for text in SPECIAL}
 TEXT = {**SHAPE, "vocab_size": 272, "max_position_embeddings": 512}
 PATCH = 14
+# A token of text.
+SEPARATOR = 45
 
 # As LLaVA's are: it writes a content only if it is a list, and its images first.
 LIST_TEMPLATE = """\

@@ -13,9 +13,8 @@ from modules.engine.image_inputs import ImageInputs
 from modules.engine.sequence import SequenceRequest
 from tests.engine.conftest import request, run, token_ids
 from tests.engine.test_generate_engine import fail_once, make
-from tests.vision import IDS, PATCH, QWEN_IDS, build_vision_model
+from tests.vision import IDS, PATCH, QWEN_IDS, SEPARATOR, build_vision_model
 
-SEPARATOR = 45
 PLACES = {"llava": IDS["<image>"], "qwen2_vl": IDS["<|image_pad|>"]}
 
 
