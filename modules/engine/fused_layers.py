@@ -29,6 +29,7 @@ from modules.engine import cpu_kernels
 from modules.engine.cpu_attention import CpuAttentionBatch
 from modules.engine.low_rank import AdaptedRows, Adapter, LowRank, Shapes, Updates
 from modules.engine.quantization import Int4Weights, Int8Weights, Rotation, Weights, hadamard
+from modules.engine.text_part import find_text_part
 
 # Layers whose forward is, to the letter, the one below.
 KNOWN_LAYERS: tuple[type[nn.Module], ...] = (
@@ -56,7 +57,8 @@ def quantize_model(model: PreTrainedModel, dtype: str = "int8") -> bool:
     int4 they are not: groups keep outliers apart, and weights that a file has in 4 bits stay what
     they are.
     """
-    base: Any = model.base_model
+    part = find_text_part(model)
+    base = part.module
     layers = getattr(base, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not all(_is_known(layer) for layer in layers):
         return False
@@ -70,7 +72,7 @@ def quantize_model(model: PreTrainedModel, dtype: str = "int8") -> bool:
         base.embed_tokens.weight = nn.Parameter(
             rotation.apply(base.embed_tokens.weight.detach().float()), requires_grad=False
         )
-    path = f"{model.base_model_prefix}.layers"
+    path = part.to_path("layers")
     base.layers = nn.ModuleList([FusedLayers(path, layers, FORMATS[dtype], rotation)])
     model.set_output_embeddings(_Int8Head(head_weight, head.bias, rotation, norm_weight))
     for parameter in model.parameters():
@@ -88,7 +90,7 @@ def _is_known(layer: Any) -> bool:
 
 
 def find_fused_layers(model: PreTrainedModel) -> FusedLayers | None:
-    layers = getattr(model.base_model, "layers", None) or [None]
+    layers = getattr(find_text_part(model).module, "layers", None) or [None]
     return layers[0] if isinstance(layers[0], FusedLayers) else None
 
 
@@ -180,6 +182,10 @@ class FusedLayers(nn.Module):
             self._updates,
         )
         return torch.from_numpy(hidden)[None]
+
+    def rotate(self, embeddings: Tensor) -> Tensor:
+        """[..., hidden_size], of what has another source than the model's own embeddings."""
+        return self._rotation.apply(embeddings) if self._rotation else embeddings
 
     @property
     def shapes(self) -> Shapes:

@@ -9,8 +9,8 @@ in batches as any text is: in chunks, beside others, once for all prompts that b
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from modules.engine.image_inputs import ImageInputs
+from modules.engine.text_part import find_text_part
 
 # Of images that may be asked about again, at most so many bytes of embeddings are kept.
 MAX_KEPT_BYTES = 2**27
@@ -126,21 +127,35 @@ def insert_rows(
 class ImageEmbedder:
     """The images of a model's prompts. Those that were seen last are not looked at again."""
 
-    def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
-        """`device`: where token ids are looked up."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        device: torch.device,
+        transform: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """`device`: where token ids are looked up; `transform`: what makes of an image's embeddings
+        those that the layers read, if that is something else.
+        """
         self._model = model
         self._device = device
+        self._transform = transform or (lambda embeddings: embeddings)
         self._kept: OrderedDict[tuple[int, ...], tuple[EmbeddedImage, ...]] = OrderedDict()
 
     def embed(self, images: ImageInputs) -> tuple[EmbeddedImage, ...]:
         """Raises ValueError where the model counts positions in a way that is not known here."""
         embedded = self._kept.pop(images.keys, None)
         if embedded is None:
-            embedded = split_images(images, record_text_inputs(self._model, images, self._device))
+            embedded = self._look_at(images)
         self._kept[images.keys] = embedded
         while len(self._kept) > 1 and self._num_kept_bytes > MAX_KEPT_BYTES:
             self._kept.popitem(last=False)
         return embedded
+
+    def _look_at(self, images: ImageInputs) -> tuple[EmbeddedImage, ...]:
+        embedded = split_images(images, record_text_inputs(self._model, images, self._device))
+        return tuple(
+            replace(image, embeddings=self._transform(image.embeddings)) for image in embedded
+        )
 
     @property
     def _num_kept_bytes(self) -> int:
@@ -163,7 +178,7 @@ def record_text_inputs(
 
     ids = images.separated_token_ids
     arguments = images.to_arguments(ids, device, model.dtype)
-    text_part: Any = model.get_decoder()
+    text_part = find_text_part(model).module
     handle = text_part.register_forward_pre_hook(keep, with_kwargs=True)
     try:
         model(input_ids=torch.tensor([ids], device=device), use_cache=False, **arguments)

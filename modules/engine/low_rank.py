@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from modules.engine.text_part import find_text_part
+
 _NUMBERS = count(1)
 
 Shapes = Mapping[str, tuple[int, int]]
@@ -112,11 +114,10 @@ class LinearLayers:
         and so do experts.
         """
         apart = {id(self._model.get_output_embeddings()), id(self._model.get_input_embeddings())}
-        text_part = self._model.get_decoder()
-        own_path = next(path for path, each in self._model.named_modules() if each is text_part)
+        part = find_text_part(self._model)
         return {
             path: module
-            for path, module in text_part.named_modules(prefix=own_path)
+            for path, module in part.module.named_modules(prefix=part.path)
             if isinstance(module, nn.Linear | Conv1D)
             and id(module) not in apart
             and "experts" not in path.split(".")

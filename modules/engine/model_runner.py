@@ -37,6 +37,7 @@ from modules.engine.logprobs import Logprobs, compute_logprobs
 from modules.engine.low_rank import AdaptableLayers, AdaptedRows, LinearLayers
 from modules.engine.sampler import sample
 from modules.engine.scheduler import SampledToken, ScheduledBatch, ScheduledSequence, StepResult
+from modules.engine.text_part import find_text_part
 from modules.engine.torch_attention import TorchAttention
 from modules.engine.transfer import upload
 
@@ -80,11 +81,12 @@ def input_device(model: PreTrainedModel) -> torch.device:
 class ModelRunner:
     def __init__(self, model: PreTrainedModel, num_blocks: int, block_size: int) -> None:
         # A part that sees keeps its own.
-        model.get_decoder().set_attn_implementation(ATTENTION_NAME)
+        find_text_part(model).module.set_attn_implementation(ATTENTION_NAME)
         self._model = model.eval()
-        self.layers: AdaptableLayers = find_fused_layers(model) or LinearLayers(model)
+        fused_layers = find_fused_layers(model)
+        self.layers: AdaptableLayers = fused_layers or LinearLayers(model)
         self._device = input_device(model)
-        self._embedder = ImageEmbedder(model, self._device)
+        self._embedder = ImageEmbedder(model, self._device, fused_layers and fused_layers.rotate)
         self._can_select_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._attention = build_attention(self._device, num_blocks, block_size)
         self._graphs: DecodeGraphs | None = None

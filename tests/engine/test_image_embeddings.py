@@ -25,6 +25,7 @@ from transformers import (
 
 from modules.engine.cache_manager import BLOCK_SIZE
 from modules.engine.engine import Engine
+from modules.engine.fused_layers import quantize_model
 from modules.engine.image_embeddings import ImageEmbedder
 from modules.engine.image_inputs import ImageInputs
 from modules.engine.low_rank import LowRank
@@ -32,6 +33,8 @@ from modules.engine.probe import probe
 from modules.engine.sequence import SequenceRequest
 from modules.errors import NotBatchableError
 from tests.engine.conftest import EngineFactory, request, run, token_ids
+from tests.engine.test_fused_layers import round_weights
+from tests.engine.test_low_rank import spy_on_logits
 from tests.vision import IDS, PATCH, SEPARATOR, TEXT, VISION, build_vision_model
 
 PLACES = {"llava": IDS["<image>"], "qwen2_vl": IDS["<|image_pad|>"]}
@@ -395,3 +398,27 @@ def test_families_whose_images_are_no_text(name: str) -> None:
 
 def own_parts(model: PreTrainedModel) -> list[PreTrainedModel]:
     return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_in_fewer_bits_an_image_says_nearly_the_same(
+    dtype: str, make_engine: EngineFactory
+) -> None:
+    model = build_vision_model("llava")
+    if dtype == "int4":
+        round_weights(model.model.language_model)
+    wish = show("llava", "a", 1, 2, max_tokens=1)
+    quantized = copy.deepcopy(model)
+    assert quantize_model(quantized, dtype)
+    rows = []
+    for each in (model, quantized):
+        engine = make_engine(each)
+        logits = spy_on_logits(engine)
+        engine.add(wish)
+        run(engine)
+        rows.append(logits[-1])
+    assert torch.linalg.norm(rows[1] - rows[0]) / torch.linalg.norm(rows[0]) < 0.05
+
+
+def test_layers_that_have_several_axes_stay_in_float() -> None:
+    assert not quantize_model(build_vision_model("qwen2_vl"))
