@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,6 +35,9 @@ class EmbeddedImage:
     have several for each token, such as a time, a row and a column; a text's are all the same."""
     num_positions: int
     """So many further does the text after it go on."""
+    additions: Tensor
+    """[num_layers, num_tokens, hidden_size], what is added to the results of the first layers; with
+    most models, of none."""
 
     @property
     def num_tokens(self) -> int:
@@ -65,6 +69,8 @@ class ImageRows:
     """[num_rows, hidden_size]"""
     positions: Tensor
     """[num_axes, num_rows]"""
+    additions: Tensor
+    """[num_layers, num_rows, hidden_size]"""
 
     @property
     def end(self) -> int:
@@ -106,22 +112,50 @@ def find_rows(
                 first_row + first - start,
                 image.image.embeddings[part],
                 image.image.positions[:, part] + image.position,
+                image.image.additions[:, part],
             )
 
 
-def insert_rows(
-    rows: Sequence[ImageRows], embeddings: Tensor, positions: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The inputs of a step that reads images: `embeddings` [1, num_rows, hidden_size], which is
-    changed, and `positions` [1, num_rows], or [num_axes, 1, num_rows] if there are several.
-    """
+def build_inputs(
+    model: PreTrainedModel, ids: Tensor, positions: Tensor, rows: Sequence[ImageRows]
+) -> dict[str, Tensor]:
+    """`model`'s arguments for a step that reads `rows` too; `ids` and `positions` [1, num_rows]."""
+    if not rows:
+        return {"input_ids": ids, "position_ids": positions}
+    embed: Any = model.get_input_embeddings()
+    embeddings: Tensor = embed(ids)
     num_axes = max(len(part.positions) for part in rows)
-    positions = positions.repeat(num_axes, 1)
+    axes = positions.repeat(num_axes, 1)
     for part in rows:
         own = slice(part.start, part.end)
         embeddings[0, own] = part.embeddings
-        positions[:, own] = part.positions.to(positions.device)
-    return embeddings, positions if num_axes == 1 else positions[:, None]
+        axes[:, own] = part.positions.to(axes.device)
+    # A model that has several wants them as [num_axes, 1, num_rows].
+    return {"inputs_embeds": embeddings, "position_ids": axes if num_axes == 1 else axes[:, None]}
+
+
+@contextmanager
+def added(model: PreTrainedModel, rows: Sequence[ImageRows], num_rows: int) -> Iterator[None]:
+    """Meanwhile the text part of `model` is called with what `rows` add, in a step of `num_rows`.
+
+    The arguments are those of the DeepStack models of transformers (Meng et al. 2024), which make
+    them of images only.
+    """
+    if not any(len(part.additions) for part in rows):
+        yield
+        return
+    mask = torch.zeros(1, num_rows, dtype=torch.bool)
+    for part in rows:
+        mask[0, part.start : part.end] = True
+    additions = torch.cat([part.additions for part in rows], dim=1)
+    more = {"visual_pos_masks": mask.to(additions.device), "deepstack_visual_embeds": [*additions]}
+    handle = find_text_part(model).module.register_forward_pre_hook(
+        lambda _, args, arguments: (args, {**arguments, **more}), with_kwargs=True
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class ImageEmbedder:
@@ -159,7 +193,8 @@ class ImageEmbedder:
 
     @property
     def _num_kept_bytes(self) -> int:
-        return sum(image.embeddings.nbytes for images in self._kept.values() for image in images)
+        kept = [image for images in self._kept.values() for image in images]
+        return sum(image.embeddings.nbytes + image.additions.nbytes for image in kept)
 
 
 class _DoorReached(Exception):
@@ -199,6 +234,7 @@ def split_images(images: ImageInputs, handed: dict[str, Any]) -> tuple[EmbeddedI
     if positions is None:
         positions = torch.arange(len(embeddings))
     axes = positions.reshape(-1, len(embeddings)).cpu()
+    additions = _collect_additions(handed, embeddings)
     embedded = []
     start = first_position = 0
     for own in images.token_ids:
@@ -209,7 +245,17 @@ def split_images(images: ImageInputs, handed: dict[str, Any]) -> tuple[EmbeddedI
                 embeddings[start:end].clone(),
                 axes[:, start:end] - first_position,
                 num_positions=after - first_position,
+                additions=additions[:, start:end].clone(),
             )
         )
         start, first_position = end + 1, after + 1
     return tuple(embedded)
+
+
+def _collect_additions(handed: dict[str, Any], embeddings: Tensor) -> Tensor:
+    """[num_layers, num_tokens, hidden_size], of all tokens; those of a text add nothing."""
+    layers: Sequence[Tensor] = handed.get("deepstack_visual_embeds") or ()
+    additions = embeddings.new_zeros(len(layers), *embeddings.shape)
+    for addition, layer in zip(additions, layers, strict=True):
+        addition[handed["visual_pos_masks"][0]] = layer
+    return additions

@@ -28,9 +28,10 @@ from modules.engine.hidden_states import record_hidden_states
 from modules.engine.image_embeddings import (
     ImageEmbedder,
     ImageRows,
+    added,
+    build_inputs,
     find_positions,
     find_rows,
-    insert_rows,
     place_images,
 )
 from modules.engine.logprobs import Logprobs, compute_logprobs
@@ -178,16 +179,12 @@ class ModelRunner:
         images: tuple[ImageRows, ...] = (),
     ) -> Tensor:
         ids, places = (upload([row], self._device) for row in (token_ids, positions))
-        inputs = {"input_ids": ids, "position_ids": places}
-        if images:
-            embeddings: Any = self._model.get_input_embeddings()
-            parts = insert_rows(images, embeddings(ids), places)
-            inputs = dict(zip(("inputs_embeds", "position_ids"), parts, strict=True))
+        inputs = build_inputs(self._model, ids, places, images)
         # Layers may be on several cards: an index on the host goes with any of them.
         is_spread = _num_devices(self._model) > 1
         kept = upload(rows, torch.device("cpu") if is_spread else self._device, torch.long)
         selected = {"logits_to_keep": kept} if self._can_select_logits else {}
-        with _TURN:
+        with _TURN, added(self._model, images, len(token_ids)):
             logits = self._call(attention, **inputs, **selected)
         return logits if self._can_select_logits else logits[kept]
 

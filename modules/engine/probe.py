@@ -24,6 +24,11 @@ from modules.engine.engine import EngineConfig
 from modules.engine.generate_engine import GenerateEngine
 from modules.engine.image_embeddings import (
     EmbeddedImage,
+    PlacedImage,
+    added,
+    build_inputs,
+    find_positions,
+    find_rows,
     place_images,
     record_text_inputs,
     split_images,
@@ -43,7 +48,14 @@ WINDOW = 10
 # Where the first one has a part of an image, if the model sees: it is read in two chunks.
 IMAGE_PLACE = range(10, 24)
 # What the text part of a model may be given.
-TEXT_INPUTS = ("inputs_embeds", "position_ids", "attention_mask", "cache_position")
+TEXT_INPUTS = (
+    "inputs_embeds",
+    "position_ids",
+    "attention_mask",
+    "cache_position",
+    "visual_pos_masks",
+    "deepstack_visual_embeds",
+)
 # By a model alone: the first one is what follows the prompt, then it reads what it has said.
 NUM_GENERATED_TOKENS = 3
 # Of the logits' length as a vector. Both ways add the same numbers in another order: in float32
@@ -124,13 +136,11 @@ def _compare(model: PreTrainedModel, image: EmbeddedImage | None = None) -> None
     # Eager is the definition; transformers' faster functions leave out what they do not know, such
     # as a soft cap.
     model.set_attn_implementation("eager")
-    inputs = [{"input_ids": prompt} for prompt in prompts]
-    if image is not None:
-        inputs[0] = _insert(model, prompts[0], image)
-    own = [model(**own, use_cache=False).logits[0].float() for own in inputs]
+    placed = place_images([image], [IMAGE_PLACE]) if image else ()
+    own = [_read_alone(model, *each) for each in zip(prompts, (placed, ()), strict=True)]
     runner = _ProbedRunner(model)
     tolerance = _tolerance(model)
-    for batch in _batches(prompts, image):
+    for batch in _batches(prompts, placed):
         packed = runner.logits(batch)
         expected = torch.stack([own[item.block_table[0]][item.end - 1] for item in batch.items])
         if not _distance(packed, expected) <= tolerance:  # also if it is NaN
@@ -157,7 +167,12 @@ def _repeat(image: EmbeddedImage, num_tokens: int) -> EmbeddedImage:
     numbers = torch.arange(num_tokens)
     taken, times = numbers % image.num_tokens, numbers // image.num_tokens
     positions = image.positions[:, taken] + times * image.num_positions
-    return EmbeddedImage(image.embeddings[taken], positions, int(positions.max()) + 1)
+    return EmbeddedImage(
+        image.embeddings[taken],
+        positions,
+        int(positions.max()) + 1,
+        image.additions[:, taken],
+    )
 
 
 def _has_tensors(value: Any) -> bool:
@@ -178,27 +193,15 @@ def _sees_ahead(mask: Any) -> bool:
     return bool(seen.triu(1).any())
 
 
-def _insert(model: PreTrainedModel, prompt: Tensor, image: EmbeddedImage) -> dict[str, Tensor]:
-    """`prompt` with `image` in its place, as the model's own code takes it."""
-    embed: Any = model.get_input_embeddings()
-    before, after = (
-        embed(part) for part in (prompt[:, : IMAGE_PLACE.start], prompt[:, IMAGE_PLACE.stop :])
-    )
-    start = IMAGE_PLACE.start
-    end = start + image.num_positions
-    axes = len(image.positions)
-    positions = torch.cat(
-        [
-            torch.arange(start).expand(axes, -1),
-            image.positions + start,
-            torch.arange(end, end + after.shape[1]).expand(axes, -1),
-        ],
-        dim=1,
-    ).to(prompt.device)
-    return {
-        "inputs_embeds": torch.cat([before, image.embeddings[None], after], dim=1),
-        "position_ids": positions if axes == 1 else positions[:, None],
-    }
+def _read_alone(model: PreTrainedModel, prompt: Tensor, placed: tuple[PlacedImage, ...]) -> Tensor:
+    """Logits, [length, vocab_size], as `model` has them by its own attention."""
+    length = prompt.shape[1]
+    positions = torch.tensor([find_positions(placed, 0, length)], device=prompt.device)
+    rows = tuple(find_rows(placed, 0, length, first_row=0))
+    with added(model, rows, length):
+        output = model(**build_inputs(model, prompt, positions, rows), use_cache=False)
+    logits: Tensor = output.logits[0].float()
+    return logits
 
 
 @torch.inference_mode()
@@ -299,13 +302,12 @@ def _prompts(model: PreTrainedModel) -> list[Tensor]:
     ]
 
 
-def _batches(prompts: list[Tensor], image: EmbeddedImage | None) -> list[ScheduledBatch]:
+def _batches(prompts: list[Tensor], placed: tuple[PlacedImage, ...]) -> list[ScheduledBatch]:
     seqs = []
     for number, prompt in enumerate(prompts):
         ids = tuple(prompt[0].tolist())
         seqs.append(Sequence(SequenceRequest(f"probe-{number}", ids), len(ids) + 1))
-    if image is not None:
-        seqs[0].placed_images = place_images([image], [IMAGE_PLACE])
+    seqs[0].placed_images = placed
     batches = []
     starts = (0,) * len(seqs)
     for ends in STEPS:

@@ -31,6 +31,7 @@ from modules.engine.image_inputs import ImageInputs
 from modules.engine.low_rank import LowRank
 from modules.engine.probe import probe
 from modules.engine.sequence import SequenceRequest
+from modules.engine.text_part import find_text_part
 from modules.errors import NotBatchableError
 from tests.engine.conftest import EngineFactory, request, run, token_ids
 from tests.engine.test_fused_layers import round_weights
@@ -95,13 +96,13 @@ def model(kind: str) -> PreTrainedModel:
 def counted_looks(engine: Engine) -> Iterator[list[int]]:
     """The list gets the number of images of each run of the part that sees."""
     looks: list[int] = []
-    seeing = engine.runner._model.get_decoder()
+    text_part = find_text_part(engine.runner._model).module
 
     def note(_: object, args: object, arguments: dict[str, Any]) -> None:
         if "attention_batch" not in arguments:
             looks.append(len(arguments["inputs_embeds"]))
 
-    handle = seeing.register_forward_pre_hook(note, with_kwargs=True, prepend=True)
+    handle = text_part.register_forward_pre_hook(note, with_kwargs=True, prepend=True)
     yield looks
     handle.remove()
 
@@ -365,35 +366,45 @@ BATCHED: dict[str, Build] = {
     "internvl": build_internvl,
     "llava_next": build_llava_next,
     "mistral3": build_mistral3,
-}
-REFUSED: dict[str, tuple[Build, str]] = {
-    "gemma3": (build_gemma3, "does not read images from left to right"),
-    "qwen3_vl": (build_qwen3_vl, "more than embeddings"),
+    "qwen3_vl": build_qwen3_vl,
 }
 
 
 @pytest.mark.parametrize("name", BATCHED)
 def test_families_that_the_probe_lets_through(name: str, make_engine: EngineFactory) -> None:
     model, images = build_family(name, BATCHED[name])
-    wish = replace(request("a", [50, 51, *images.token_ids[0], 52, 53]), images=images)
-    expected = generate(model, wish)
-    assert expected != generate(model, replace(wish, images=None))
+    wishes = [
+        replace(request(name, [*prompt, *images.token_ids[0], 52, 53]), images=images)
+        for name, prompt in {"a": (50, 51), "b": (60,)}.items()
+    ]
+    expected = [generate(model, wish) for wish in wishes]
+    assert expected[0] != generate(model, replace(wishes[0], images=None))
     probe(model, images)
     engine = make_engine(model, max_num_batched_tokens=16, max_num_seqs=4)
-    engine.add(wish)
-    engine.add(request("text", [60, 61]))
-    assert token_ids(run(engine)["a"]) == expected
+    for wish in (*wishes, request("text", [60, 61])):
+        engine.add(wish)
+    outputs = run(engine)
+    assert [token_ids(outputs[wish.request_id]) for wish in wishes] == expected
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_families_whose_images_are_no_text(name: str) -> None:
-    build, reason = REFUSED[name]
-    model, images = build_family(name, build)
+def test_what_looks_ahead_in_images_is_refused() -> None:
+    model, images = build_family("gemma3", build_gemma3)
     attention = [module.config._attn_implementation for module in own_parts(model)]
     probe(copy.deepcopy(model))  # its texts could be
-    with pytest.raises(NotBatchableError, match=reason):
+    with pytest.raises(NotBatchableError, match="does not read images from left to right"):
         probe(model, images)
     assert [module.config._attn_implementation for module in own_parts(model)] == attention
+
+
+def test_images_that_are_more_than_embeddings_are_refused() -> None:
+    """What a text part is given and nothing here knows of would be lost."""
+    model, images = build_family("mistral3", build_mistral3)
+    find_text_part(model).module.register_forward_pre_hook(
+        lambda _, args, arguments: (args, {**arguments, "per_layer": [torch.zeros(1)]}),
+        with_kwargs=True,
+    )
+    with pytest.raises(NotBatchableError, match="more than embeddings to it, per_layer too"):
+        probe(model, images)
 
 
 def own_parts(model: PreTrainedModel) -> list[PreTrainedModel]:
