@@ -588,9 +588,11 @@ def find_eos_token_ids(
     """Every token that ends a reply: the generation configuration may name one or a list."""
     ids = model.generation_config.eos_token_id if model.generation_config else None
     listed = ids if isinstance(ids, list) else [ids]
-    if not all(isinstance(i, int | None) for i in listed):
+    if not all(i is None or type(i) is int for i in listed):
         raise ValueError(f"generation_config.json has no token ids as eos_token_id, but {ids!r}")
-    return frozenset(i for i in (*listed, tokenizer.eos_token_id) if i is not None)
+    # What the model cannot write ends nothing; some configurations say -1 where there is none.
+    possible = range(_vocab_size(model))
+    return frozenset(i for i in (*listed, tokenizer.eos_token_id) if i in possible)
 
 
 # How long a context may be

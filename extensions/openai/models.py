@@ -138,10 +138,11 @@ def _loaded_names(context: Context) -> dict[str, str | None]:
 
 
 def _list_aliases(settings: Settings, models: Sequence[ListedModel]) -> list[ListedModel]:
-    """Of a model, or of one with an adapter."""
+    """Of a model, or of one with an adapter, which may not be loaded."""
     by_id = {model.id: model for model in models}
+    unloaded = {model.id: replace(model, is_loaded=False) for model in models}
     bases = {
-        alias: by_id.get(name) or by_id.get(name.rpartition(":")[0])
+        alias: by_id.get(name) or unloaded.get(name.rpartition(":")[0])
         for alias, name in settings.model_aliases.items()
         if alias not in by_id
     }
