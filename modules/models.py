@@ -225,7 +225,8 @@ class ModelManager:
 
     @property
     def asleep(self) -> tuple[SleepingModel, ...]:
-        return tuple(self._asleep.values())
+        """The default first, then as they fell asleep."""
+        return tuple(sorted(self._asleep.values(), key=lambda model: model.name != self._default))
 
     def find(self, name: str) -> LoadedModel | None:
         """The loaded model of that name, or that alias."""
