@@ -70,13 +70,13 @@ class Adapters:
             new = {future.result().name: future.result() for future in read}
             self._loaded = MappingProxyType({**self._loaded, **new})
 
-    def unload(self, names: Sequence[str] | None = None, param: str = "lora_names") -> None:
+    def unload(self, names: Sequence[str] | None = None) -> None:
         """These, or all of them. Who generates with one goes on with it.
 
-        Raises AdapterNotFoundError, which blames the field `param`; then, nothing changes.
+        Raises AdapterNotFoundError, which blames the field `lora_names`; then, nothing changes.
         """
         with self._is_changing:
-            leaving = {name: self.get(name, param) for name in names or self.names}
+            leaving = [self.get(name, "lora_names").name for name in names or self.names]
             kept = {name: each for name, each in self._loaded.items() if name not in leaving}
             self._loaded = MappingProxyType(kept)
 

@@ -50,7 +50,7 @@ def add_routes(router: APIRouter, context: Context) -> None:
         """An engine's entry, whichever is asked for. With the admin key, a model that is on this
         machine is loaded first.
         """
-        if has_key(request, context.settings.admin_key) and not _is_ready(context, engine_id):
+        if has_key(request, context.settings.admin_key):
             await _load_engine(context, engine_id)
         return JSONResponse(build_engine(engine_id, _is_ready(context, engine_id)))
 
@@ -116,8 +116,10 @@ def _is_ready(context: Context, engine_id: str) -> bool:
 
 
 async def _load_engine(context: Context, engine_id: str) -> None:
-    """If it sleeps, or is on this machine."""
+    """Unless it is loaded, if it sleeps or is on this machine."""
     name, _ = context.models.split(engine_id)
+    if name is None or context.models.find(name) is not None:
+        return
     asleep = (model.name for model in context.models.asleep)
     if name in (*asleep, *context.models.list_names()):
         await context.models.wake_or_load(name)

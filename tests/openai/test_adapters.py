@@ -100,7 +100,7 @@ async def test_some_are_unloaded(client: httpx.AsyncClient) -> None:
 
 
 async def test_models_with_adapters_are_listed_and_may_be_named_everywhere(
-    client: httpx.AsyncClient,
+    client: httpx.AsyncClient, manager: FakeModelManager
 ) -> None:
     await client.post(LOAD, json={"lora_names": ["poet", "pirate"]}, headers=ADMIN)
     listed = (await client.get("/v1/models")).json()["data"]
@@ -120,10 +120,12 @@ async def test_models_with_adapters_are_listed_and_may_be_named_everywhere(
     await client.post(UNLOAD, headers=ADMIN)
     assert (await client.get("/v1/models/corsair")).json() == {**alias, "loaded": False}
     for name in ("tiny:poet", "corsair"):
-        assert (await client.get(f"/v1/engines/{name}")).json()["ready"] is False
+        answer = await client.get(f"/v1/engines/{name}", headers=ADMIN)
+        assert answer.json()["ready"] is False
         for path, body in CALLS:
             answer = await client.post(path, json={"model": name, **body})
             assert_error_shape(answer, 404, param="model", code="model_not_found")
+    assert manager.loading.names == []  # the model was there all the time
 
 
 async def test_what_there_is(client: httpx.AsyncClient) -> None:

@@ -202,7 +202,7 @@ async def put_to_sleep(manager: FakeModelManager, model: LoadedModel) -> None:
     await manager._put_to_sleep(timeout=0)
 
 
-@pytest.mark.parametrize("name", ["gpt-9", "org/model", "a/b/c", "größe"])
+@pytest.mark.parametrize("name", ["gpt-9", "org/model", "a/b/c", "größe", "x" * 5000])
 async def test_a_model_is_whichever_is_asked_for(client: httpx.AsyncClient, name: str) -> None:
     answer = (await client.get(f"/v1/models/{name}")).json()
     assert list(answer) == KEYS
