@@ -67,6 +67,8 @@ def run(settings: Settings) -> None:
     context = build_context(settings, manager, app, extensions)
     extensions.set_up(context)
     _load_model(manager, settings)
+    # From now on the log tells of each model that comes or goes.
+    logging.getLogger(ModelManager.__module__).setLevel(logging.INFO)
     _Server(context, listener).run(sockets=[listener])
 
 

@@ -7,7 +7,7 @@ it began with, whatever is loaded and unloaded meanwhile.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
@@ -70,10 +70,15 @@ class Adapters:
             new = {future.result().name: future.result() for future in read}
             self._loaded = MappingProxyType({**self._loaded, **new})
 
-    def unload(self) -> None:
-        """All of them. Who generates with one goes on with it."""
+    def unload(self, names: Sequence[str] | None = None) -> None:
+        """These, or all of them. Who generates with one goes on with it.
+
+        Raises AdapterNotFoundError, which blames the field `lora_names`; then, nothing changes.
+        """
         with self._is_changing:
-            self._loaded = MappingProxyType({})
+            leaving = [self.get(name, "lora_names").name for name in names or self.names]
+            kept = {name: each for name, each in self._loaded.items() if name not in leaving}
+            self._loaded = MappingProxyType(kept)
 
     def close(self) -> None:
         """With its model: nothing here holds any of its memory any more."""

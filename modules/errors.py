@@ -9,6 +9,7 @@ ServerError
 ├── ModelError
 │   ├── ModelNotFoundError           no folder, file, package or hub entry has that name
 │   ├── ModelLoadError               it is there, and cannot be loaded
+│   │   └── UnfitSettingError        as the settings say, which it names
 │   ├── NotBatchableError            it can be loaded, and must run one request at a time
 │   └── NoModelLoadedError           the request needs a model and none is loaded
 ├── CapabilityError                  one that the server has in principle cannot be used now
@@ -71,6 +72,14 @@ class ModelNotFoundError(ModelError):
 
 class ModelLoadError(ModelError):
     pass
+
+
+class UnfitSettingError(ModelLoadError):
+    """`settings`: names of those at fault, the one to change first of all at first."""
+
+    def __init__(self, message: str, *settings: str) -> None:
+        super().__init__(message)
+        self.settings = settings
 
 
 class NotBatchableError(ModelError):

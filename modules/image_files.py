@@ -30,7 +30,7 @@ MAX_ASPECT = 4
 MAX_SEEN_ASPECT = 20
 MIN_SIDE = 64
 # What Pillow tries to read a file as. Others, SVG among them, are none for it.
-READ_FORMATS = ("PNG", "JPEG", "WEBP")
+READ_FORMATS = ("PNG", "JPEG", "GIF", "WEBP")
 # A JPEG with further pictures in it, as phones write them: depth, or brightness. The first counts.
 JPEG_WITH_OTHERS = "MPO"
 # Below this, of 0 to 255, a pixel of a mask counts as transparent.
@@ -178,10 +178,10 @@ def _decode(data: bytes, max_aspect: float = inf) -> Image.Image:
         if max(size) > max_aspect * min(size):
             raise _UnreadableError(f"has {size} pixels, one side over {max_aspect} times the other")
         if getattr(picture, "is_animated", False) and picture.format != JPEG_WITH_OTHERS:
-            raise _UnreadableError("is animated; a single picture is needed")
+            raise _UnreadableError("is animated; only a single picture can be read")
         picture.load()
     except UnidentifiedImageError:
-        raise _UnreadableError("is no PNG, JPEG or WebP file") from None
+        raise _UnreadableError("is no PNG, JPEG, GIF or WebP file") from None
     except Image.DecompressionBombError:
         raise _UnreadableError(_TOO_MANY_PIXELS) from None
     except _FAULTS:

@@ -53,6 +53,15 @@ class LoadedModel:
     applied_adapters: tuple[Adapter, ...] = ()
     """With which of them it generates."""
 
+    @property
+    def accepts_images(self) -> bool:
+        return self.image_reader is not None
+
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        """Of those that are loaded for it."""
+        return self.adapters.names
+
     def close(self) -> None:
         """Stop its engine, and give back the memory of the model; the tokenizer stays usable.
 

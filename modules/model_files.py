@@ -41,6 +41,10 @@ DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 # Who publishes the models of a kind that are called by a short name.
 HUB_OWNERS = {ModelKind.EMBEDDING: "sentence-transformers", ModelKind.SCORE: "cross-encoder"}
 
+# What is longer is no model's name, nor a path to one: file systems refuse it.
+MAX_NAME_BYTES = 1024
+MAX_NAME_PART_BYTES = 255
+
 
 @dataclass(frozen=True, slots=True)
 class FoundModel:
@@ -124,6 +128,7 @@ def find_model(
     Raises: ModelNotFoundError, which says where it was looked for; ModelLoadError if what has that
     name is no model.
     """
+    _refuse_long(name)
     if found := _find_here(name, settings, kind):
         return found
     for candidate in _spellings(name, settings, kind):
@@ -251,6 +256,13 @@ def _measure(path: Path) -> tuple[int, int]:
 
 def _gguf_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.gguf") if path.is_file())
+
+
+def _refuse_long(name: str) -> None:
+    """Before any file system is asked. Raises ModelNotFoundError."""
+    longest = max(len(os.fsencode(part)) for part in name.split("/"))
+    if longest > MAX_NAME_PART_BYTES or len(os.fsencode(name)) > MAX_NAME_BYTES:
+        raise ModelNotFoundError(f"There is no model {name[:100]!r}...: no name is that long.")
 
 
 def _refuse_folder(name: str, model_dir: Path) -> None:

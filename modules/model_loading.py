@@ -47,7 +47,13 @@ from modules.engine.fused_layers import FORMATS, quantize_model
 from modules.engine.generate_engine import GenerateEngine
 from modules.engine.inference_thread import InferenceThread
 from modules.engine.probe import count_kv_bytes, probe, probe_alone
-from modules.errors import ModelLoadError, NotBatchableError, ServerError
+from modules.errors import (
+    ModelLoadError,
+    ModelNotFoundError,
+    NotBatchableError,
+    ServerError,
+    UnfitSettingError,
+)
 from modules.image_processors import can_read_images, load_image_reader
 from modules.image_reader import ImageReader
 from modules.instruction_templates import ChatTemplate, choose_template
@@ -192,8 +198,8 @@ def _find_and_load(name: str, settings: Settings, shared: Shared, report: Report
 def _find(name: str, settings: Settings, report: Report) -> FoundModel:
     try:
         return find_model(name, settings, report=report)
-    except OSError as error:  # a folder that may not be read, a name that is too long for one
-        raise ModelLoadError(f"{name[:100]} cannot be looked for: {error.strerror}") from error
+    except OSError as error:  # a folder that may not be read
+        raise ModelLoadError(f"{name} cannot be looked for: {error.strerror}") from error
 
 
 def _load(
@@ -217,8 +223,8 @@ def _load(
     wished = None if stored else _quantized_dtype(settings, device)
     is_quantized = is_batched and wished is not None and quantize_model(model, wished)
     if settings.dtype in FORMATS and device == "cpu" and not is_quantized:
-        raise ModelLoadError(
-            f"{found.name} cannot be loaded in {settings.dtype}: its layers are not known."
+        raise UnfitSettingError(
+            f"{found.name} cannot be loaded in {settings.dtype}: its layers are not known.", "dtype"
         )
     # Nobody knows what the cache of a model that runs alone takes.
     kv_part = _reserve(model, wished_model_len, settings, shared) if is_batched else None
@@ -234,7 +240,7 @@ def _load(
         engine.runner.layers if isinstance(engine, Engine) else None,
         base_class=type(model).__name__,
     )
-    adapters.load(settings.lora)
+    _load_adapters(adapters, settings)
     # The length is checked where a prompt comes in; transformers would only warn of it.
     tokenizer.model_max_length = int(1e30)
     return LoadedModel(
@@ -262,6 +268,13 @@ def _load(
         adapters=adapters,
         engine=AsyncEngine(engine, shared.thread),  # last: nobody would stop it
     )
+
+
+def _load_adapters(adapters: Adapters, settings: Settings) -> None:
+    try:
+        adapters.load(settings.lora)
+    except (ModelNotFoundError, ModelLoadError) as error:
+        raise UnfitSettingError(str(error), "lora") from error
 
 
 def _choose_device(settings: Settings) -> str:
@@ -428,13 +441,19 @@ def _choose_auto_model(config: PretrainedConfig, reads_images: bool) -> Any:
 
 @contextmanager
 def _without_reports() -> Iterator[None]:
-    """Without transformers' table of keys: what matters of it becomes an error here."""
+    """Without transformers' table of keys: what matters of it becomes an error here. And without
+    its bar, in the middle of the server's output.
+    """
     verbosity = transformers.logging.get_verbosity()
+    has_bars = transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers.logging.set_verbosity(verbosity)
+        if has_bars:
+            transformers.logging.enable_progress_bar()
 
 
 def _require_all_weights(folder: Path, info: dict[str, Any]) -> None:
@@ -519,14 +538,14 @@ def _placement(settings: Settings, device: str, is_quantized: bool = False) -> d
         return {}
     options: dict[str, Any] = {}
     if settings.device_map is not None:
-        _require_package("accelerate", "--device-map")
+        _require_package("accelerate", "--device-map", "device_map")
         options["device_map"] = settings.device_map
     if is_quantized:
         options.setdefault("device_map", {"": torch.cuda.current_device()})
     elif settings.dtype in FORMATS:
         flag = f"--load-in-{settings.dtype[3:]}bit"
-        _require_package("bitsandbytes", flag)
-        _require_package("accelerate", flag)
+        _require_package("bitsandbytes", flag, "dtype")
+        _require_package("accelerate", flag, "dtype")
         options.setdefault("device_map", {"": torch.cuda.current_device()})
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_8bit=settings.dtype == "int8",
@@ -537,9 +556,10 @@ def _placement(settings: Settings, device: str, is_quantized: bool = False) -> d
     return options
 
 
-def _require_package(name: str, flag: str) -> None:
+def _require_package(name: str, flag: str, setting: str) -> None:
     if find_spec(name) is None:
-        raise ModelLoadError(f"{flag} needs a package that is missing: pip install {name}")
+        message = f"{flag} needs a package that is missing: pip install {name}"
+        raise UnfitSettingError(message, setting)
 
 
 def _choose_template(
@@ -563,9 +583,11 @@ def find_eos_token_ids(
     """Every token that ends a reply: the generation configuration may name one or a list."""
     ids = model.generation_config.eos_token_id if model.generation_config else None
     listed = ids if isinstance(ids, list) else [ids]
-    if not all(isinstance(i, int | None) for i in listed):
+    if not all(i is None or type(i) is int for i in listed):
         raise ValueError(f"generation_config.json has no token ids as eos_token_id, but {ids!r}")
-    return frozenset(i for i in (*listed, tokenizer.eos_token_id) if i is not None)
+    # What the model cannot write ends nothing; some configurations say -1 where there is none.
+    possible = range(_vocab_size(model))
+    return frozenset(i for i in (*listed, tokenizer.eos_token_id) if i in possible)
 
 
 # How long a context may be
@@ -588,20 +610,23 @@ def _wished_model_len(
 def _fit_model_len(wished: int, num_cache_tokens: int, settings: Settings) -> int:
     """What is wished for, or what fits into memory.
 
-    Raises ModelLoadError if it was asked for and does not fit, or if nothing does.
+    Raises UnfitSettingError if it was asked for and does not fit, or if nothing does.
     """
     if num_cache_tokens >= wished:
         return wished
     room = f"the keys and values of {num_cache_tokens} tokens fit into the memory that is left"
     if settings.max_model_len is not None:
-        raise ModelLoadError(
+        raise UnfitSettingError(
             f"{wished} tokens of context are too many: {room}. "
-            "Lower --max-model-len, raise --kv-cache-memory, or unload another model."
+            "Lower --max-model-len, raise --kv-cache-memory, or unload another model.",
+            "max_model_len",
+            "kv_cache_memory",
         )
     if num_cache_tokens < BLOCK_SIZE:
-        raise ModelLoadError(
+        raise UnfitSettingError(
             f"There is no room for a context: {room}. "
-            "Raise --kv-cache-memory, or unload another model."
+            "Raise --kv-cache-memory, or unload another model.",
+            "kv_cache_memory",
         )
     logger.warning("context limited to %d of %d tokens by memory", num_cache_tokens, wished)
     return num_cache_tokens

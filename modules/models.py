@@ -16,6 +16,7 @@ from concurrent.futures import Future
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from math import inf
+from pathlib import Path
 from time import monotonic
 from typing import Any, TypeVar
 
@@ -24,9 +25,11 @@ from modules.engine.inference_thread import InferenceThread
 from modules.errors import (
     AdapterNotFoundError,
     GenerationAbortedError,
+    ModelLoadError,
     ModelNotFoundError,
     NoModelLoadedError,
     ServerError,
+    SettingsError,
 )
 from modules.load_progress import LoadProgress, LoadStage, Report, report_nothing
 from modules.loaded_model import LoadedModel
@@ -57,6 +60,18 @@ class _Wish:
     settings: Settings
 
 
+@dataclass(frozen=True, slots=True)
+class SleepingModel:
+    """One that was let go because nobody used it. It comes back as it was when somebody does."""
+
+    name: str
+    path: Path
+    max_model_len: int
+    accepts_images: bool
+    adapter_names: tuple[str, ...]
+    wish: _Wish
+
+
 class _Place:
     """A loaded model, and who uses it."""
 
@@ -66,6 +81,7 @@ class _Place:
         self.used_at = monotonic()
         """When a request last began or ended with it."""
         self._num_leases = 0
+        self._is_stopped = False
         self._is_over = asyncio.Event()
         """Nobody uses it, or may."""
         self._is_over.set()
@@ -76,8 +92,19 @@ class _Place:
 
     @property
     def wish(self) -> _Wish:
-        adapters = self.model.adapters.names
-        return _Wish(self._source, replace(self.model.settings, lora=adapters))
+        settings = replace(self.model.settings, lora=self.model.adapter_names)
+        return _Wish(self._source, settings)
+
+    def to_sleeping(self) -> SleepingModel:
+        model = self.model
+        return SleepingModel(
+            model.name,
+            model.path,
+            model.max_model_len,
+            model.accepts_images,
+            model.adapter_names,
+            self.wish,
+        )
 
     def lease(self) -> None:
         self._num_leases += 1
@@ -99,13 +126,17 @@ class _Place:
         """What is still being generated fails with a typed error."""
         await asyncio.to_thread(self.model.close)
         self._is_over.set()  # whoever still has a lease has been told
+        if not self._is_stopped:
+            self._is_stopped = True
+            logger.info("Unloaded %s", self.model.name)
 
 
 class ModelLease:
     """What one request uses. It stays until the lease is closed, when the answer has been sent."""
 
-    def __init__(self, manager: ModelManager) -> None:
+    def __init__(self, manager: ModelManager, tells_all: bool) -> None:
         self._manager = manager
+        self._tells_all = tells_all
         self._place: _Place | None = None
 
     def must_wait(self, name: str | None) -> bool:
@@ -117,13 +148,22 @@ class ModelLease:
         `lora` names, or else `name` after a colon. Once per lease.
 
         Raises: NoModelLoadedError, AdapterNotFoundError; where a model has to be loaded first, what
-        `load` raises.
+        `load` raises. Not everybody is told the reason, in which are paths of this machine.
         """
         assert self._place is None
         own_name, adapter = self._manager.split(name)
         wanted, param = (adapter, "model") if lora is None else (lora, "lora")
         self._manager.require_adapter(own_name, wanted, param)
-        self._place = await self._manager.take(own_name)
+        found = self._manager.find_name(own_name)
+        try:
+            self._place = await self._manager.take(own_name)
+        except (ModelLoadError, ModelNotFoundError, SettingsError) as error:
+            logger.error("%s could not be loaded for a request: %s", found, error)
+            if self._tells_all:
+                raise
+            raise ModelLoadError(
+                f"The model {found} cannot be loaded. The server's log says why."
+            ) from error
         return self._place.model.with_adapter(wanted, param)
 
     def close(self) -> None:
@@ -148,8 +188,7 @@ class ModelManager:
         self._max_loaded = settings.max_loaded_models or max(1, len(settings.model))
         self._places: dict[str, _Place] = {}
         self._default: str | None = None
-        self._asleep: dict[str, _Wish] = {}
-        """What was let go because nobody used it, and comes back when somebody does."""
+        self._asleep: dict[str, SleepingModel] = {}
         self._leaving: dict[_Place, asyncio.Task[None]] = {}
         self._changes: set[asyncio.Task[Any]] = set()
         self._turn = asyncio.Lock()
@@ -185,9 +224,9 @@ class ModelManager:
         return self._default
 
     @property
-    def asleep(self) -> tuple[str, ...]:
-        """Names of the models that were let go because nobody used them."""
-        return tuple(self._asleep)
+    def asleep(self) -> tuple[SleepingModel, ...]:
+        """The default first, then as they fell asleep."""
+        return tuple(sorted(self._asleep.values(), key=lambda model: model.name != self._default))
 
     def find(self, name: str) -> LoadedModel | None:
         """The loaded model of that name, or that alias."""
@@ -248,14 +287,15 @@ class ModelManager:
         """
         own_name = self.find_name(name)
         if own_name not in self._places and adapter not in (None, "", NO_ADAPTER):
-            wish = self._asleep.get(own_name)
-            names = wish.settings.lora if wish else ()
+            sleeping = self._asleep.get(own_name)
+            names = sleeping.adapter_names if sleeping else ()
             if adapter not in names:
                 raise AdapterNotFoundError(adapter, names, param)
 
     @contextmanager
-    def lease(self) -> Iterator[ModelLease]:
-        lease = ModelLease(self)
+    def lease(self, tells_all: bool = False) -> Iterator[ModelLease]:
+        """`tells_all`: also what is not for everybody, when a model cannot be loaded."""
+        lease = ModelLease(self, tells_all)
         try:
             yield lease
         finally:
@@ -274,7 +314,8 @@ class ModelManager:
     async def _load_for_request(self, name: str | None) -> _Place:
         own_name = self.find_name(name)
         if own_name not in self._places:  # else another request has had it loaded meanwhile
-            wish = self._asleep.get(own_name, _Wish(own_name, self._settings))
+            sleeping = self._asleep.get(own_name)
+            wish = sleeping.wish if sleeping else _Wish(own_name, self._settings)
             own_name = (await self._exchange(wish, report_nothing)).name
         return self._places[own_name]
 
@@ -360,7 +401,7 @@ class ModelManager:
     async def _put_to_sleep(self, timeout: float) -> None:
         for name, place in tuple(self._places.items()):
             if place.is_free and monotonic() - place.used_at >= timeout:
-                self._asleep[name] = place.wish
+                self._asleep[name] = place.to_sleeping()
                 self._retire(place)
 
     def close(self) -> None:
@@ -424,8 +465,17 @@ class ModelManager:
             num_to_come=max(1, self._max_loaded - len(self._places) + len(leaving)),
             replaced=tuple(place.model for place in (*leaving, *self._leaving)),
         )
+        begun_at = monotonic()
         future = self._start_loading(wish.name, wish.settings, shared, report)
         model = await asyncio.wrap_future(future)
+        logger.info(
+            "Loaded %s in %.1f s (%s, %s, context length %d tokens)",
+            model.name,
+            monotonic() - begun_at,
+            model.device,
+            model.dtype,
+            model.max_model_len,
+        )
         for place in self._choose_leaving(model.name):
             self._retire(place)
         self.add(model, wish)

@@ -182,7 +182,7 @@ class Settings:
         ENGINE,
         None,
         "Longest prompt plus reply, in tokens; the model's own limit if left out.",
-        minimum=1,
+        minimum=2,
     )
     kv_cache_memory: float | None = setting(
         ENGINE,

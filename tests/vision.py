@@ -144,9 +144,9 @@ def draw(number: int, size: tuple[int, int] = (60, 40)) -> Image.Image:
     return Image.merge("RGB", bands[number % 3 :] + bands[: number % 3])
 
 
-def to_uri(picture: Image.Image, format: str = "PNG") -> str:
+def to_uri(picture: Image.Image, format: str = "PNG", **options: Any) -> str:
     target = io.BytesIO()
-    picture.save(target, format)
+    picture.save(target, format, **options)
     data = base64.b64encode(target.getvalue()).decode()
     return f"data:image/{format.lower()};base64,{data}"
 

@@ -46,7 +46,8 @@ def add_admin_routes(router: APIRouter, context: Context) -> None:
     async def unload_loras(
         body: UnloadAdaptersRequest | None = None, lease: ModelLease = leased
     ) -> Response:
-        """Unload all adapters of a model. Answers that are being written keep theirs."""
-        model = await get_model(body.model if body else None, lease)
-        model.adapters.unload()
+        """Unload adapters of a model, or all. Answers that are being written keep theirs."""
+        body = body or UnloadAdaptersRequest()
+        model = await get_model(body.model, lease)
+        model.adapters.unload(body.lora_names)
         return JSONResponse("OK")

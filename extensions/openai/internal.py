@@ -33,7 +33,7 @@ def add_routes(router: APIRouter, context: Context) -> None:
                 "lora_names": model.adapters.names if model else [],
                 "chat_template": model and _build_template_info(model.chat_template),
                 "models": [_build_model_info(each) for each in context.models.loaded],
-                "asleep": context.models.asleep,
+                "asleep": [model.name for model in context.models.asleep],
             }
         )
 

@@ -50,10 +50,8 @@ def add_routes(router: APIRouter, context: Context) -> None:
         """An engine's entry, whichever is asked for. With the admin key, a model that is on this
         machine is loaded first.
         """
-        own_name = context.settings.model_aliases.get(engine_id, engine_id)
-        is_loadable = not _is_ready(context, own_name) and own_name in context.models.list_names()
-        if is_loadable and has_key(request, context.settings.admin_key):
-            await context.models.wake_or_load(own_name)
+        if has_key(request, context.settings.admin_key):
+            await _load_engine(context, engine_id)
         return JSONResponse(build_engine(engine_id, _is_ready(context, engine_id)))
 
     router.include_router(engine_router)
@@ -112,7 +110,19 @@ def _name_model(body: Options, engine_id: str) -> Options:
 
 
 def _is_ready(context: Context, engine_id: str) -> bool:
-    return context.models.find(engine_id) is not None
+    name, adapter = context.models.split(engine_id)
+    model = context.models.find(name or "")
+    return model is not None and adapter in (None, *model.adapter_names)
+
+
+async def _load_engine(context: Context, engine_id: str) -> None:
+    """Unless it is loaded, if it sleeps or is on this machine."""
+    name, _ = context.models.split(engine_id)
+    if name is None or context.models.find(name) is not None:
+        return
+    asleep = (model.name for model in context.models.asleep)
+    if name in (*asleep, *context.models.list_names()):
+        await context.models.wake_or_load(name)
 
 
 async def _answer_generate(context: Context, lease: ModelLease, body: GenerateRequest) -> Answer:

@@ -5,7 +5,7 @@ those that are loaded, is `modules.models`' business.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,9 +18,9 @@ from extensions.openai.responses import Json, build_load_event
 from extensions.openai.streaming import DONE, JsonAnswer, send_events, send_json
 from extensions.openai.typing import ModelLoadRequest, ModelNames, ModelUnloadRequest
 from modules.context import Context
-from modules.errors import InvalidRequestError, SettingsError
+from modules.errors import InvalidRequestError, SettingsError, UnfitSettingError
 from modules.instruction_templates import choose_template
-from modules.load_progress import LoadProgress, LoadStage
+from modules.load_progress import LoadProgress, LoadStage, Report, report_nothing
 from modules.settings import (
     CHAT,
     PROJECT_ROOT,
@@ -57,6 +57,12 @@ CHAT_SETTINGS: dict[str, Setting] = {
     **{row.key: row for row in SETTINGS if row.key and row.group == CHAT},
     "truncation_length": ARGS["max_model_len"],
 }
+# What a request may say, as errors call it, and the name of the setting that it is.
+FIELDS: dict[str, str] = {
+    **{f"args.{name}": name for name in ARGS},
+    **{f"args.{switch}": "dtype" for switch in SWITCHES},
+    **{f"settings.{key}": row.name for key, row in CHAT_SETTINGS.items()},
+}
 
 
 def add_admin_routes(router: APIRouter, context: Context) -> None:
@@ -64,7 +70,9 @@ def add_admin_routes(router: APIRouter, context: Context) -> None:
     async def list_model_names() -> Response:
         """What can be loaded: the models on this machine, but for those in the hub's cache."""
         models = context.models
-        names = [*(model.name for model in models.loaded), *models.asleep, *models.list_names()]
+        loaded = (model.name for model in models.loaded)
+        asleep = (model.name for model in models.asleep)
+        names = [*loaded, *asleep, *models.list_names()]
         return JSONResponse({"model_names": list(dict.fromkeys(names))})
 
     @router.post("/v1/internal/model/load", tags=["Models"], responses=describe_load())
@@ -74,9 +82,9 @@ def add_admin_routes(router: APIRouter, context: Context) -> None:
         """
         overrides = await asyncio.to_thread(read_overrides, body, context.settings)
         if body.stream:
-            events = _load_and_tell(context, body.model_name, overrides)
+            events = _load_and_tell(context, body, overrides)
             return send_events(events, context.settings, end=DONE)
-        work = _load(context, body.model_name, overrides)
+        work = _load_and_answer(context, body, overrides)
         return await send_json(work, request, context.settings)
 
     @router.post("/v1/internal/model/unload", tags=["Models"])
@@ -86,13 +94,37 @@ def add_admin_routes(router: APIRouter, context: Context) -> None:
         return JSONResponse("OK")
 
 
-async def _load(context: Context, name: str, overrides: Mapping[str, Any]) -> JsonAnswer:
-    await context.models.load(name, overrides)
+async def _load_and_answer(
+    context: Context, body: ModelLoadRequest, overrides: Mapping[str, Any]
+) -> JsonAnswer:
+    await _load(context, body, overrides, report_nothing)
     return JsonAnswer(b'"OK"')
 
 
+async def _load(
+    context: Context, body: ModelLoadRequest, overrides: Mapping[str, Any], report: Report
+) -> None:
+    """Raises InvalidRequestError where the model cannot be had as the request wants it, and what
+    `ModelManager.load` raises.
+    """
+    try:
+        await context.models.load(body.model_name, overrides, report)
+    except UnfitSettingError as error:
+        if field := _find_field(body, error.settings):
+            raise _refuse(field, str(error).rstrip(".")) from error
+        raise  # the server's own settings are at fault
+
+
+def _find_field(body: ModelLoadRequest, settings: Sequence[str]) -> str | None:
+    """What the request calls the first of these settings that it has."""
+    given = {f"args.{name}": value for name, value in body.args.items()}
+    given |= {f"settings.{key}": value for key, value in body.settings.items()}
+    fields = {FIELDS[field]: field for field, value in given.items() if value}
+    return next((fields[name] for name in settings if name in fields), None)
+
+
 async def _load_and_tell(
-    context: Context, name: str, overrides: Mapping[str, Any]
+    context: Context, body: ModelLoadRequest, overrides: Mapping[str, Any]
 ) -> AsyncGenerator[Json, None]:
     """A client that leaves ends the telling, not the loading."""
     told: asyncio.Queue[LoadProgress | None] = asyncio.Queue()
@@ -101,7 +133,7 @@ async def _load_and_tell(
     def tell(progress: LoadProgress) -> None:
         loop.call_soon_threadsafe(told.put_nowait, progress)
 
-    load = asyncio.create_task(context.models.load(name, overrides, tell))
+    load = asyncio.create_task(_load(context, body, overrides, tell))
     load.add_done_callback(lambda _: told.put_nowait(None))
     try:
         while (progress := await told.get()) is not None:
@@ -123,7 +155,8 @@ def read_overrides(body: ModelLoadRequest, settings: Settings) -> dict[str, Any]
     args = _convert(_read_switches(body.args, settings), ARGS, "args")
     chat = _convert(body.settings, CHAT_SETTINGS, "settings")
     if args.keys() & chat.keys():
-        raise _refuse("settings", "truncation_length is max_model_len, which args give too")
+        reason = "it is max_model_len, which args give too"
+        raise _refuse("settings.truncation_length", reason)
     overrides = {**args, **chat}
     _try_out(replace(settings, **overrides), body.model_name)
     return overrides
@@ -135,9 +168,9 @@ def _read_switches(args: Mapping[str, Any], settings: Settings) -> dict[str, Any
     for switch, dtype in SWITCHES.items():
         is_on = args.get(switch)
         if not isinstance(is_on, bool | None):
-            raise _refuse("args", f"{switch}: expected true or false, not {is_on!r}")
-        if is_on and plain.get("dtype", dtype) != dtype:
-            raise _refuse("args", f"{switch} is dtype {dtype}, and another one is given too")
+            raise _refuse(f"args.{switch}", f"expected true or false, not {is_on!r}")
+        if is_on and plain.get("dtype") not in (None, dtype):
+            raise _refuse(f"args.{switch}", f"it is dtype {dtype}, and another one is given too")
         if is_on:
             plain["dtype"] = dtype
         elif is_on is False and settings.dtype == dtype:
@@ -149,14 +182,15 @@ def _convert(values: Mapping[str, Any], rows: Mapping[str, Setting], param: str)
     """By the names of the settings; null is what the server was started with."""
     converted = {}
     for name, value in values.items():
+        field = f"{param}.{name[:100]}"
         if name not in rows:
-            raise _refuse(param, _explain(name, rows))
+            raise _refuse(field, _explain(name, rows))
         if value is None:
             continue
         try:
             converted[rows[name].name] = convert(rows[name], value, name, PROJECT_ROOT)
         except SettingsError as error:
-            raise _refuse(param, str(error)) from error
+            raise _refuse(field, str(error).removeprefix(f"{name}: ")) from error
     return converted
 
 

@@ -14,6 +14,7 @@ from modules.context import Context
 from modules.loaded_model import LoadedModel
 from modules.model_files import ModelEntry, build_entry, find_entry, list_entries
 from modules.model_kinds import ModelKind
+from modules.models import SleepingModel
 from modules.settings import Settings
 
 KINDS = {
@@ -48,20 +49,20 @@ def add_routes(router: APIRouter, context: Context) -> None:
 
 
 async def list_models(context: Context) -> list[ListedModel]:
-    """Of all kinds, each once: loaded ones first, names that stand for others last."""
-    loaded = await asyncio.to_thread(_list_loaded, context.models.loaded)
+    """Of all kinds, each once: loaded ones first, then those that sleep, and names that stand for
+    others last.
+    """
+    loaded, asleep = context.models.loaded, context.models.asleep
+    texts = await asyncio.to_thread(_list_texts, [*loaded, *asleep])
     known = await asyncio.to_thread(_find_models, context.settings)
     in_memory = _loaded_names(context)
     others = [
         replace(model, is_loaded=in_memory.get(model.kind) == model.id)
         for model in known.values()
-        if model.id not in {each.id for each in loaded}
+        if model.id not in {each.id for each in texts}
     ]
-    asleep = context.models.asleep
-    others.sort(
-        key=lambda model: (not model.is_loaded, model.id not in asleep, model.kind != "text")
-    )
-    models = [*loaded, *others]
+    others.sort(key=lambda model: model.kind != "text")
+    models = sorted([*texts, *others], key=lambda model: not model.is_loaded)
     models += _list_aliases(context.settings, models)
     known_ids = {model.id for model in models}
     names = {name: kind for name, kind in COMPATIBILITY_NAMES.items() if name not in known_ids}
@@ -108,18 +109,20 @@ def _to_listed(entry: ModelEntry) -> ListedModel:
     )
 
 
-def _list_loaded(models: Sequence[LoadedModel]) -> list[ListedModel]:
-    """Those that write text, as they are here."""
-    entries = [build_entry(model.name, model.path, ModelKind.TEXT) for model in models]
-    return [
-        replace(
-            _to_listed(entry),
-            is_loaded=True,
-            context_length=model.max_model_len,
-            accepts_images=model.image_reader is not None,
-        )
-        for model, entry in zip(models, entries, strict=True)
-    ]
+def _list_texts(models: Sequence[LoadedModel | SleepingModel]) -> list[ListedModel]:
+    return [listed for model in models for listed in _list_text(model)]
+
+
+def _list_text(model: LoadedModel | SleepingModel) -> list[ListedModel]:
+    """As it is here, or was; then with each of its adapters."""
+    listed = replace(
+        _to_listed(build_entry(model.name, model.path, ModelKind.TEXT)),
+        is_loaded=isinstance(model, LoadedModel),
+        context_length=model.max_model_len,
+        accepts_images=model.accepts_images,
+    )
+    adapted = (replace(listed, id=f"{model.name}:{name}") for name in model.adapter_names)
+    return [listed, *adapted]
 
 
 def _loaded_names(context: Context) -> dict[str, str | None]:
@@ -135,10 +138,11 @@ def _loaded_names(context: Context) -> dict[str, str | None]:
 
 
 def _list_aliases(settings: Settings, models: Sequence[ListedModel]) -> list[ListedModel]:
-    """Of a model, or of one with an adapter."""
+    """Of a model, or of one with an adapter, which may not be loaded."""
     by_id = {model.id: model for model in models}
+    unloaded = {model.id: replace(model, is_loaded=False) for model in models}
     bases = {
-        alias: by_id.get(name) or by_id.get(name.rpartition(":")[0])
+        alias: by_id.get(name) or unloaded.get(name.rpartition(":")[0])
         for alias, name in settings.model_aliases.items()
         if alias not in by_id
     }

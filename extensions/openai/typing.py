@@ -991,7 +991,7 @@ class TextCompletion(BaseModel):
 
 
 class Model(BaseModel):
-    id: str
+    id: str = Field(description="What `model` may be in a request; of an adapter, `base:adapter`.")
     object: Literal["model"]
     created: int = Field(description="When its files were changed; 0 if that is not known.")
     owned_by: str
@@ -1055,7 +1055,7 @@ class ModelLoadRequest(WireModel):
         default={},
         description="How to load it, instead of what the server was started with: `cpu`, `dtype` "
         "(`load_in_8bit`, `load_in_4bit`, `bf16`), `device_map`, `max_model_len`, "
-        "`kv_cache_memory`, `max_num_seqs`, `max_num_batched_tokens`, `deterministic`.",
+        "`kv_cache_memory`, `max_num_seqs`, `max_num_batched_tokens`, `deterministic`, `lora`.",
     )
     settings: dict[str, Any] = Field(
         default={},
@@ -1083,9 +1083,10 @@ class LoadAdaptersRequest(WireModel):
 class UnloadAdaptersRequest(WireModel):
     model_config = _example({})
 
-    model: str | None = Field(
-        default=None, description="Name of the loaded model that shall have none."
+    lora_names: list[str] | None = Field(
+        default=None, description="Those to unload; all, if there are none here."
     )
+    model: str | None = Field(default=None, description="Name of the loaded model that has them.")
 
 
 class AdapterList(BaseModel):
@@ -1746,8 +1747,8 @@ class ImageEditRequest(StreamedImageOptions, FormModel):
     """Change an image, or a part of it, by words. A form; unknown fields are ignored."""
 
     image: Annotated[list[UploadField], AfterValidator(_check_only_upload)] = Field(
-        description="The image: PNG, JPEG or WebP. Without a mask, what is transparent in it is "
-        "made anew; where nothing is, all of it is changed."
+        description="The image: PNG, JPEG, GIF or WebP. Without a mask, what is transparent in it "
+        "is made anew; where nothing is, all of it is changed."
     )
     mask: Upload | None = Field(
         default=None,
@@ -1764,7 +1765,7 @@ class ImageEditRequest(StreamedImageOptions, FormModel):
 class ImageVariationRequest(ImageOptions, FormModel):
     """Make images like another one. A form; unknown fields are ignored."""
 
-    image: Upload = Field(description="The image: PNG, JPEG or WebP.")
+    image: Upload = Field(description="The image: PNG, JPEG, GIF or WebP.")
     denoising_strength: ImageStrength | None = Field(
         default=None,
         validation_alias=AliasChoices("denoising_strength", "strength"),

@@ -75,7 +75,14 @@ def jpeg_of(width: int, height: int) -> bytes:
     return data[:start] + struct.pack(">HH", height, width) + data[start + 4 :]
 
 
-@pytest.mark.parametrize("make", [png_of, jpeg_of, webp_of])
+def gif_of(width: int, height: int) -> bytes:
+    """A small screen, and a picture in it of that size."""
+    data = save(Image.new("RGB", (8, 8)), "GIF")
+    start = data.rindex(b",") + 5
+    return data[:start] + struct.pack("<HH", width, height) + data[start + 4 :]
+
+
+@pytest.mark.parametrize("make", [png_of, jpeg_of, webp_of, gif_of])
 @pytest.mark.parametrize("side", [7_100, 9_600, 16_000])
 def test_too_many_pixels(make: Callable[[int, int], bytes], side: int) -> None:
     """By the header alone: nothing is decoded."""
@@ -98,10 +105,22 @@ def test_too_many_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "larger than 1 MiB" in refuse(bytes(2**20 + 1))
 
 
+# Films
+
+
+@pytest.mark.parametrize("image_format", ["GIF", "PNG", "WEBP"])
+def test_only_the_films_that_are_one_picture_are_taken(image_format: str) -> None:
+    red, blue = (Image.new("RGB", SIZE, colour) for colour in ("red", "blue"))
+    alone = save(red, image_format, save_all=True, loop=0, duration=100)
+    assert read(alone).convert("RGB").getpixel((9, 9))[0] > 250
+    film = save(red, image_format, save_all=True, append_images=[blue], loop=0, duration=100)
+    assert "is animated" in refuse(film)
+
+
 # Broken files
 
 
-@pytest.mark.parametrize("image_format", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("image_format", ["PNG", "JPEG", "GIF", "WEBP"])
 def test_files_cut_anywhere_and_changed_anywhere(image_format: str) -> None:
     """They are read or refused; nothing else happens."""
     data = save(Image.effect_noise((40, 40), 60).convert("RGB"), image_format)

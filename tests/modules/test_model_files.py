@@ -171,6 +171,16 @@ def test_the_nearest_place_comes_first(
     assert find_model("org/name", settings).path == folder.resolve()
 
 
+@pytest.mark.parametrize("name", ["x" * 5000, "org/" + "x" * 300, "ü" * 200, "/a" * 600])
+def test_no_file_system_is_asked_for_what_is_too_long_for_one(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(model_files, "_find_here", pytest.fail)
+    with pytest.raises(ModelNotFoundError, match="no name is that long") as told:
+        find_model(name, make_settings(model_dir))
+    assert len(str(told.value)) < 200
+
+
 def test_a_path_is_a_name(model_dir: Path, saved: Path, tmp_path: Path) -> None:
     settings = make_settings(model_dir)
     found = find_model(str(saved), settings)

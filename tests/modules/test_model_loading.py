@@ -36,7 +36,7 @@ from modules import memory, model_loading
 from modules.engine.engine import Engine, EngineConfig
 from modules.engine.outputs import FinishReason
 from modules.engine.sampling_params import SamplingParams
-from modules.errors import ModelLoadError
+from modules.errors import ModelLoadError, UnfitSettingError
 from modules.literal_text import unmark
 from modules.loaded_model import LoadedModel
 from modules.memory import available_memory
@@ -63,7 +63,9 @@ def no_threads_left() -> Iterator[None]:
     assert "inference" not in {thread.name for thread in left}
 
 
-def test_loads_lists_and_unloads(model_dir: Path, tiny: Path, no_threads_left: None) -> None:
+def test_loads_lists_and_unloads(
+    model_dir: Path, tiny: Path, no_threads_left: None, capfd: pytest.CaptureFixture[str]
+) -> None:
     manager = ModelManager(make_settings(model_dir, dtype="float32"))
     assert not manager.is_loaded
     model = asyncio.run(manager.load("tiny"))
@@ -75,6 +77,7 @@ def test_loads_lists_and_unloads(model_dir: Path, tiny: Path, no_threads_left: N
     manager.close()
     manager.close()
     assert not manager.is_loaded
+    assert capfd.readouterr() == ("", "")  # in the middle of the server's output
 
 
 @pytest.mark.parametrize(
@@ -169,12 +172,27 @@ def test_a_long_prompt_is_nothing_to_warn_of(
 
 
 @pytest.mark.parametrize(
-    ("ids", "expected"), [(7, {7, 258}), ([7, 8], {7, 8, 258}), (None, {258}), (258, {258})]
+    ("ids", "expected"),
+    [
+        (7, {7, 258}),
+        ([7, 8], {7, 8, 258}),
+        (None, {258}),
+        (258, {258}),
+        ([7, -1, VOCAB_SIZE], {7, 258}),  # which the model cannot write
+    ],
 )
 def test_every_token_that_ends_a_reply(ids: Any, expected: set[int]) -> None:
     model = build_model("llama")
     model.generation_config = GenerationConfig(eos_token_id=ids)
     assert find_eos_token_ids(model, build_tokenizer()) == expected
+
+
+@pytest.mark.parametrize("ids", ["</s>", [7, "</s>"], 7.0, True, [[7]], {"a": 7}])
+def test_what_is_no_token_id_is_refused_before_it_is_needed(ids: Any) -> None:
+    model = build_model("llama")
+    model.generation_config.eos_token_id = ids
+    with pytest.raises(ValueError, match="generation_config.json has no token ids as eos_token_id"):
+        find_eos_token_ids(model, build_tokenizer())
 
 
 def test_without_an_end_token_there_is_none() -> None:
@@ -377,8 +395,9 @@ def test_a_context_that_was_asked_for_must_fit(
     settings = make_settings(
         model_dir, kv_cache_memory=memory_for(200), max_model_len=300, dtype="float32"
     )
-    with pytest.raises(ModelLoadError, match="300 tokens of context.*of 200 tokens fit"):
+    with pytest.raises(UnfitSettingError, match="300 tokens of context.*of 200 tokens fit") as told:
         load_model("tiny", settings)
+    assert told.value.settings == ("max_model_len", "kv_cache_memory")
 
 
 @pytest.mark.parametrize("allowed", [False, True])
@@ -405,8 +424,9 @@ def test_the_models_own_limit_holds(
 
 
 def test_no_memory_at_all_is_an_error(model_dir: Path, tiny: Path, no_threads_left: None) -> None:
-    with pytest.raises(ModelLoadError, match="no room for a context"):
+    with pytest.raises(UnfitSettingError, match="no room for a context") as told:
         load_model("tiny", make_settings(model_dir, kv_cache_memory=memory_for(20)))
+    assert told.value.settings == ("kv_cache_memory",)
 
 
 def write_group(root: Path, files: dict[str, str]) -> Path:
@@ -591,8 +611,18 @@ def test_a_model_that_cannot_be_batched_answers_all_the_same(
 
 def test_int8_is_only_for_what_is_batched(model_dir: Path, no_threads_left: None) -> None:
     save(model_dir / "dynamic", dynamic_rope())
-    with pytest.raises(ModelLoadError, match="int8: its layers are not known"):
+    with pytest.raises(UnfitSettingError, match="int8: its layers are not known") as told:
         load_model("dynamic", make_settings(model_dir, dtype="int8"))
+    assert told.value.settings == ("dtype",)
+
+
+def test_adapters_that_cannot_be_had_are_a_matter_of_the_settings(
+    model_dir: Path, tiny: Path, no_threads_left: None
+) -> None:
+    settings = make_settings(model_dir, lora=("nobody",), lora_dir=model_dir)
+    with pytest.raises(UnfitSettingError, match="no adapter 'nobody'") as told:
+        load_model("tiny", settings)
+    assert told.value.settings == ("lora",)
 
 
 def test_without_a_limit_of_its_own_a_model_has_the_context_that_is_asked_for(

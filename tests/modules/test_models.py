@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import re
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,6 +21,8 @@ from modules.errors import (
     ModelLoadError,
     ModelNotFoundError,
     NoModelLoadedError,
+    ServerError,
+    SettingsError,
 )
 from modules.load_progress import LoadProgress, LoadStage
 from modules.loaded_model import LoadedModel
@@ -176,6 +180,25 @@ async def test_a_load_goes_on_when_whoever_asked_for_it_has_left(
     await asyncio.gather(task, return_exceptions=True)
     begun.finish()
     await settle_until(lambda: manager.is_loaded)
+
+
+async def test_each_model_that_comes_or_goes_is_told_of_once(
+    make: Make, loading: FakeLoading, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "modules.models")
+    manager = make()
+    first = await load(manager, loading, "/somewhere/a")
+    await load(manager, loading, "b")
+    await settle_until(lambda: first.is_stopped)
+    await manager.unload()
+    await manager.unload()
+    lines = [re.sub(r"\d\.\d s", "0.0 s", line) for line in caplog.messages]
+    assert lines == [
+        "Loaded a in 0.0 s (cpu, float32, context length 1024 tokens)",
+        "Loaded b in 0.0 s (cpu, float32, context length 1024 tokens)",
+        "Unloaded a",
+        "Unloaded b",
+    ]
 
 
 async def test_progress_is_handed_on(make: Make, loading: FakeLoading) -> None:
@@ -372,16 +395,22 @@ async def test_a_model_for_a_request_does_not_become_the_default(
     assert (manager.current.name, names(manager)) == ("a", ["a", "b"])
 
 
-async def test_a_request_whose_model_cannot_be_loaded_says_why(
-    make: Make, loading: FakeLoading
+@pytest.mark.parametrize(
+    "error", [ModelLoadError("/x is damaged."), ModelNotFoundError("/x?"), SettingsError("/x!")]
+)
+async def test_a_request_whose_model_cannot_be_loaded_says_why_to_whom_that_concerns(
+    make: Make, loading: FakeLoading, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
     manager = make(there="a b", model_autoload=True)
     await load(manager, loading, "a")
-    with manager.lease() as lease:
-        task = begin(lease.get("b"))
-        (await loading.next()).future.set_exception(ModelLoadError("It is damaged."))
-        with pytest.raises(ModelLoadError, match="damaged"):
-            await task
+    with manager.lease(tells_all=True) as lease, manager.lease() as other:
+        for each, told in ((lease, "/x"), (other, "^The model b cannot be loaded.")):
+            caplog.clear()
+            task = begin(each.get("b"))
+            (await loading.next()).future.set_exception(error)
+            with pytest.raises(ServerError, match=told):
+                await task
+            assert caplog.messages == [f"b could not be loaded for a request: {error}"]
     assert manager.current.name == "a"
 
 

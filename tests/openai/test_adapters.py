@@ -18,6 +18,7 @@ from tests.adapters import save_adapter
 from tests.conftest import MakeApp, connect
 from tests.fakes import FakeModelManager
 from tests.openai.assertions import assert_error_shape
+from tests.openai.test_tokens import CALLS
 from tests.openai.tiny import start_tiny_engine
 
 pytestmark = pytest.mark.anyio
@@ -36,7 +37,9 @@ async def client(
     for seed, name in enumerate(("pirate", "poet")):
         save_adapter(inner.runner._model, tmp_path / name, seed)
     manager.model = replace(model, engine=engine, adapters=Adapters("tiny", tmp_path, layers))
-    app = make_app(lora_dir=tmp_path, api_key="user", admin_key="admin")
+    aliases = {"corsair": "tiny:pirate"}
+    manager._settings = replace(manager._settings, model_aliases=aliases)
+    app = make_app(lora_dir=tmp_path, api_key="user", admin_key="admin", model_aliases=aliases)
     async with connect(app, headers={"Authorization": "Bearer user"}) as client:
         yield client
     engine.stop()
@@ -76,6 +79,53 @@ async def test_each_request_gets_its_own(client: httpx.AsyncClient) -> None:
     await client.post(UNLOAD, headers=ADMIN)
     assert await read(client) == ("tiny", base)
     assert (await client.get("/v1/internal/model/info")).json()["lora_names"] == []
+
+
+async def test_some_are_unloaded(client: httpx.AsyncClient) -> None:
+    await client.post(LOAD, json={"lora_names": ["pirate", "poet"]}, headers=ADMIN)
+    poet = await read(client, lora="poet")
+
+    async def unload(*names: str) -> httpx.Response:
+        return await client.post(UNLOAD, json={"lora_names": names}, headers=ADMIN)
+
+    answer = await unload("pirate", "nobody")
+    message = assert_error_shape(answer, 404, param="lora_names", code="model_not_found")
+    assert "'nobody'" in message
+    assert (await read(client, model="tiny:pirate"))[0] == "tiny:pirate"
+    assert (await unload("pirate", "pirate")).json() == "OK"
+    assert await read(client) == ("tiny", poet[1])
+    assert (await unload("pirate")).status_code == 404
+    assert (await unload()).json() == "OK"
+    assert (await client.get("/v1/internal/model/info")).json()["lora_names"] == []
+
+
+async def test_models_with_adapters_are_listed_and_may_be_named_everywhere(
+    client: httpx.AsyncClient, manager: FakeModelManager
+) -> None:
+    await client.post(LOAD, json={"lora_names": ["poet", "pirate"]}, headers=ADMIN)
+    listed = (await client.get("/v1/models")).json()["data"]
+    assert [each["id"] for each in listed[:3]] == ["tiny", "tiny:poet", "tiny:pirate"]
+    assert listed[1] == {**listed[0], "id": "tiny:poet"}
+    (alias,) = (each for each in listed if each["id"] == "corsair")
+    assert alias == {**listed[0], "id": "corsair", "alias_of": "tiny:pirate"}
+    engines = (await client.get("/v1/engines")).json()["data"]
+    ready = {engine["id"] for engine in engines if engine["ready"]}
+    assert ready == {"tiny", "tiny:poet", "tiny:pirate", "corsair"}
+    for name in ("tiny", "tiny:poet", "corsair"):
+        assert (await client.get(f"/v1/engines/{name}")).json()["ready"]
+        for path, body in CALLS:
+            answer = await client.post(path, json={"model": name, **body})
+            assert answer.status_code == 200
+
+    await client.post(UNLOAD, headers=ADMIN)
+    assert (await client.get("/v1/models/corsair")).json() == {**alias, "loaded": False}
+    for name in ("tiny:poet", "corsair"):
+        answer = await client.get(f"/v1/engines/{name}", headers=ADMIN)
+        assert answer.json()["ready"] is False
+        for path, body in CALLS:
+            answer = await client.post(path, json={"model": name, **body})
+            assert_error_shape(answer, 404, param="model", code="model_not_found")
+    assert manager.loading.names == []  # the model was there all the time
 
 
 async def test_what_there_is(client: httpx.AsyncClient) -> None:

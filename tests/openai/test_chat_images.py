@@ -278,6 +278,19 @@ async def test_a_string_and_other_spellings(llava: LoadedModel, make_app: MakeAp
     assert prompt.json()["length"] == counted.json()["count"]
 
 
+async def test_a_picture_is_the_same_in_any_file_that_keeps_it(
+    llava: LoadedModel, make_app: MakeApp
+) -> None:
+    picture = PICTURES[0].quantize(64).convert("RGB")  # a GIF has 256 colours
+    async with connect(make_app()) as client:
+        parts = [
+            {"type": "image_url", "image_url": {"url": to_uri(picture, each)}}
+            for each in ("PNG", "GIF")
+        ]
+        texts = {await say(client, ask(text_part("What is this?"), part)) for part in parts}
+    assert len(texts) == 1
+
+
 async def test_large_pictures_are_scaled_down(
     folders: dict[str, Path], make_app: MakeApp, manager: FakeModelManager
 ) -> None:
@@ -299,6 +312,7 @@ PNG = to_uri(PICTURES[0])
 PART = "messages[0].content[1]"
 URL = "https://example.org/a.png"
 BROKEN = PNG[: len(PNG) // 8 * 4 + 2]  # 22 characters are before its base64
+FILM = to_uri(PICTURES[0], "GIF", save_all=True, append_images=PICTURES[1:])
 TEXT_FILE = "data:image/png;base64," + base64.b64encode(b"hello").decode()
 
 
@@ -311,7 +325,8 @@ TEXT_FILE = "data:image/png;base64," + base64.b64encode(b"hello").decode()
         ({"type": "image_url", "image_url": "data:image/png;base64,@@@@"}, "no valid base64"),
         ({"type": "image_url", "image_url": "data:image/png;base64,\u00e9"}, "no valid base64"),
         ({"type": "image_url", "image_url": "data:image/svg+xml,<svg/>"}, "not in base64"),
-        ({"type": "image_url", "image_url": TEXT_FILE}, "is no PNG, JPEG or WebP file"),
+        ({"type": "image_url", "image_url": TEXT_FILE}, "is no PNG, JPEG, GIF or WebP file"),
+        ({"type": "image_url", "image_url": FILM}, "is animated"),
         ({"type": "image_url", "image_url": BROKEN}, "is broken, or not whole"),
         ({"type": "image_url", "image_url": URL}, "openai-fetch_images"),
         ({"type": "image_url", "image_url": "file:///etc/passwd"}, "must have a data URI"),

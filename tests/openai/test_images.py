@@ -727,11 +727,11 @@ SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>'
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "no PNG, JPEG or WebP"),
-        (SVG, "no PNG, JPEG or WebP"),
-        (b"<!doctype html><p>Hello", "no PNG, JPEG or WebP"),
-        (animated_file("GIF"), "no PNG, JPEG or WebP"),
-        (picture_file(image_format="BMP"), "no PNG, JPEG or WebP"),
+        (b"", "no PNG, JPEG, GIF or WebP"),
+        (SVG, "no PNG, JPEG, GIF or WebP"),
+        (b"<!doctype html><p>Hello", "no PNG, JPEG, GIF or WebP"),
+        (picture_file(image_format="BMP"), "no PNG, JPEG, GIF or WebP"),
+        (animated_file("GIF"), "animated"),
         (animated_file("PNG"), "animated"),
         (animated_file("WEBP"), "animated"),
         (picture_file()[:-30], "broken"),

@@ -11,7 +11,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from modules.errors import ModelLoadError, ModelNotFoundError, SettingsError
+from modules.errors import ModelLoadError, ModelNotFoundError, SettingsError, UnfitSettingError
 from modules.load_progress import LoadProgress, LoadStage
 from tests.conftest import AsgiCall, MakeApp, connect
 from tests.fakes import FakeEngine, FakeModelManager
@@ -104,29 +104,41 @@ async def test_what_a_request_may_change(
     [
         ({}, "model_name", "Missing"),
         ({"model_name": ""}, "model_name", "at least 1"),
-        ({"args": {"n_gpu_layers": 12}}, "args", "n_gpu_layers belongs to the llama.cpp loader"),
-        ({"args": {"load_in_4bits": True}}, "args", "did you mean load_in_4bit?"),
-        ({"args": {"trust_remote_code": True}}, "args", "when the server is started"),
-        ({"args": {"model_dir": "/"}}, "args", "when the server is started"),
-        ({"args": {"api_key": "x"}}, "args", "when the server is started"),
-        ({"args": {"dtype": "float64"}}, "args", "dtype: expected one of"),
-        ({"args": {"max_model_len": 0}}, "args", "max_model_len: must be at least 1"),
-        ({"args": {"max_num_seqs": {"a": []}}}, "args", "max_num_seqs: expected a whole number"),
-        ({"args": {"load_in_4bit": "yes"}}, "args", "load_in_4bit: expected true or false"),
-        ({"args": {"load_in_4bit": True, "load_in_8bit": True}}, "args", "another"),
-        ({"args": {"load_in_4bit": True, "dtype": "int8"}}, "args", "another"),
+        (
+            {"args": {"n_gpu_layers": 12}},
+            "args.n_gpu_layers",
+            "n_gpu_layers belongs to the llama.cpp loader",
+        ),
+        ({"args": {"load_in_4bits": True}}, "args.load_in_4bits", "did you mean load_in_4bit?"),
+        (
+            {"args": {"trust_remote_code": True}},
+            "args.trust_remote_code",
+            "when the server is started",
+        ),
+        ({"args": {"model_dir": "/"}}, "args.model_dir", "when the server is started"),
+        ({"args": {"api_key": "x"}}, "args.api_key", "when the server is started"),
+        ({"args": {"dtype": "float64"}}, "args.dtype", "expected one of"),
+        ({"args": {"max_model_len": 1}}, "args.max_model_len", "must be at least 2"),
+        ({"args": {"max_num_seqs": {"a": []}}}, "args.max_num_seqs", "expected a whole number"),
+        ({"args": {"load_in_4bit": "yes"}}, "args.load_in_4bit", "expected true or false"),
+        ({"args": {"load_in_4bit": True, "load_in_8bit": True}}, "args.load_in_4bit", "another"),
+        ({"args": {"load_in_4bit": True, "dtype": "int8"}}, "args.load_in_4bit", "another"),
         ({"args": [1]}, "args", "object"),
-        ({"settings": {"preset": "x"}}, "settings", "preset is not known"),
-        ({"settings": {"instruction_tmplate": "x"}}, "settings", "mean instruction_template?"),
+        ({"settings": {"preset": "x"}}, "settings.preset", "preset is not known"),
+        (
+            {"settings": {"instruction_tmplate": "x"}},
+            "settings.instruction_tmplate",
+            "mean instruction_template?",
+        ),
         ({"settings": {"instruction_template": "No such"}}, "settings", "No such"),
         ({"settings": {"instruction_template_str": "{{"}}, "settings", "template"),
         ({"settings": {"chat_template_str": "{{"}}, "settings", "chat_template_str"),
         ({"settings": {"character": "Nobody"}}, "settings", "Nobody"),
-        ({"settings": {"truncate": "never"}}, "settings", "truncate: expected one of"),
+        ({"settings": {"truncate": "never"}}, "settings.truncate", "expected one of"),
         (
             {"settings": {"truncation_length": 9}, "args": {"max_model_len": 9}},
-            "settings",
-            "truncation_length is max_model_len",
+            "settings.truncation_length",
+            "it is max_model_len",
         ),
     ],
 )
@@ -170,6 +182,44 @@ async def test_a_load_that_fails_says_why_and_the_old_model_serves_on(
     engine.enqueue("yes")
     response = await client.post("/v1/completions", json={"prompt": "a"})
     assert response.json()["choices"][0]["text"] == "yes"
+
+
+@pytest.mark.parametrize(
+    ("body", "settings", "field"),
+    [
+        (
+            {"args": {"max_model_len": 99}},
+            ("max_model_len", "kv_cache_memory"),
+            "args.max_model_len",
+        ),
+        (
+            {"args": {"kv_cache_memory": 1}},
+            ("max_model_len", "kv_cache_memory"),
+            "args.kv_cache_memory",
+        ),
+        ({"settings": {"truncation_length": 99}}, ("max_model_len",), "settings.truncation_length"),
+        ({"args": {"dtype": None, "load_in_4bit": True}}, ("dtype",), "args.load_in_4bit"),
+        ({"args": {"cpu": True}}, ("max_model_len",), None),
+    ],
+)
+async def test_what_cannot_be_had_as_the_request_wants_it(
+    client: httpx.AsyncClient,
+    manager: FakeModelManager,
+    body: dict[str, Any],
+    settings: tuple[str, ...],
+    field: str | None,
+) -> None:
+    """It is the request that is at fault, unless it says nothing of that setting."""
+    manager.loading.error = UnfitSettingError("That does not fit.", *settings)
+    response = await client.post(LOAD, json={"model_name": "other", **body})
+    if field is None:
+        assert_error_shape(response, 500, code="model_load_failed")
+    else:
+        message = assert_error_shape(response, 400, param=field)
+        assert message == f"Invalid value for '{field}': That does not fit."
+        response = await client.post(LOAD, json={"model_name": "other", **body, "stream": True})
+        assert_error_object(read_events(response.text)[-1], 400, param=field)
+    assert manager.current.name == "tiny"
 
 
 async def test_progress_is_streamed(app: FastAPI, manager: FakeModelManager) -> None:
@@ -260,23 +310,37 @@ async def test_others_wait(
         assert (await task).json()["model"] == "other"
 
 
-async def test_a_stream_whose_model_cannot_be_loaded_ends_with_the_reason(
-    autoload: FastAPI, manager: FakeModelManager
+@pytest.mark.parametrize(
+    ("admin_key", "headers", "is_told"),
+    [("admin", {}, False), ("admin", {"x-api-key": "admin"}, True), ("user", {}, True)],
+)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_only_the_admin_is_told_why_a_model_cannot_be_loaded_for_a_request(
+    make_app: MakeApp,
+    manager: FakeModelManager,
+    caplog: pytest.LogCaptureFixture,
+    admin_key: str,
+    headers: dict[str, str],
+    is_told: bool,
+    stream: bool,
 ) -> None:
-    body = {"prompt": "a", "model": "other"}
-    async with connect(autoload) as client:
-        for stream in (True, False):
-            task = asyncio.create_task(
-                client.post("/v1/completions", json={**body, "stream": stream})
-            )
-            begun = await manager.loading.next()
-            begun.future.set_exception(ModelLoadError("It is damaged."))
-            response = await task
-            if stream:
-                assert response.status_code == 200
-                assert_error_object(*read_events(response.text), 500, code="model_load_failed")
-            else:
-                assert_error_shape(response, 500, code="model_load_failed")
+    """The reason has paths of this machine in it."""
+    app = make_app(model_autoload=True, api_key="user", admin_key=admin_key)
+    manager._settings = manager.current.settings
+    reason = "/home/kim/models/other is damaged."
+    manager.loading.error = ModelLoadError(reason)
+    body = {"prompt": "a", "model": "other", "stream": stream}
+    async with connect(app, headers=bearer("user") | headers) as client:
+        response = await client.post("/v1/completions", json=body)
+    if stream:
+        assert response.status_code == 200
+        (event,) = read_events(response.text)
+        message = assert_error_object(event, 500, code="model_load_failed")
+    else:
+        message = assert_error_shape(response, 500, code="model_load_failed")
+    own = "The model other cannot be loaded. The server's log says why."
+    assert message == (reason if is_told else own)
+    assert reason in caplog.text
     assert manager.current.name == "tiny"
 
 

@@ -12,6 +12,7 @@ import pytest
 from fastapi import FastAPI
 
 from modules import model_files
+from modules.loaded_model import LoadedModel
 from tests.conftest import MakeApp, Serve, connect
 from tests.fakes import FakeModelManager
 
@@ -148,7 +149,60 @@ async def test_a_loaded_model_from_elsewhere(
     assert (models["tiny"]["created"], models["tiny"]["accepts_images"]) == (7, False)
 
 
-@pytest.mark.parametrize("name", ["gpt-9", "org/model", "a/b/c", "größe"])
+async def test_models_that_sleep_are_listed_as_they_were(
+    client: httpx.AsyncClient, manager: FakeModelManager, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """After all that are loaded, also one from elsewhere."""
+    folder = tmp_path_factory.mktemp("elsewhere") / "far"
+    write_config(folder, "LlamaForCausalLM", max_position_embeddings=2048)
+    assert manager.model is not None
+    await put_to_sleep(manager, replace(manager.model, name="far", path=folder, max_model_len=64))
+    told = {
+        name: (model["kind"], model["loaded"], model["context_length"], model["alias_of"])
+        for name, model in (await read_models(client)).items()
+    }
+    assert list(told.items())[:3] == [
+        ("far", ("text", False, 64, None)),
+        ("eyes", ("text", False, None, None)),
+        ("tiny", ("text", False, 2048, None)),
+    ]
+    assert told["gpt-3.5-turbo"] == ("text", False, 64, "far")
+    info = (await client.get("/v1/internal/model/info")).json()
+    assert info == {
+        "model_name": "far",
+        "lora_names": [],
+        "chat_template": None,
+        "models": [],
+        "asleep": ["far"],
+    }
+    names = (await client.get("/v1/internal/model/list")).json()["model_names"]
+    assert names == ["far", "other", "tiny"]
+    assert (await client.get("/v1/internal/health")).json() == {"status": "ok", "model": "far"}
+
+
+async def test_the_engine_of_a_model_that_sleeps(
+    client: httpx.AsyncClient, manager: FakeModelManager, tmp_path: Path
+) -> None:
+    """It is not ready, and the admin's question wakes it, wherever it is from."""
+    assert manager.model is not None
+    await put_to_sleep(manager, replace(manager.model, name="far", path=tmp_path / "far"))
+    engines = (await client.get("/v1/engines")).json()["data"]
+    assert engines[0]["id"] == "far"
+    assert not any(engine["ready"] for engine in engines)
+    assert (await client.get("/v1/engines/davinci")).json()["ready"] is False
+    assert manager.loading.names == []
+    assert (await client.get("/v1/engines/far")).json()["ready"] is True
+    assert (await client.get("/v1/models/far")).json()["loaded"] is True
+    assert manager.loading.names == ["far"]
+    assert manager.asleep == ()
+
+
+async def put_to_sleep(manager: FakeModelManager, model: LoadedModel) -> None:
+    manager.model = model
+    await manager._put_to_sleep(timeout=0)
+
+
+@pytest.mark.parametrize("name", ["gpt-9", "org/model", "a/b/c", "größe", "x" * 5000])
 async def test_a_model_is_whichever_is_asked_for(client: httpx.AsyncClient, name: str) -> None:
     answer = (await client.get(f"/v1/models/{name}")).json()
     assert list(answer) == KEYS
