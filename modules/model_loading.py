@@ -234,7 +234,7 @@ def _load(
         found.name,
         settings.lora_dir,
         engine.runner.layers if isinstance(engine, Engine) else None,
-        base_class=type(model).__name__,
+        base_classes=_classes_of(model, is_converted=folder != found.path),
     )
     adapters.load(settings.lora)
     # The length is checked where a prompt comes in; transformers would only warn of it.
@@ -317,6 +317,12 @@ def _choose_config(
         # A card's memory is taken anyway.
         num_retained_tokens=num_cache_tokens if model.device.type == "cuda" else None,
     )
+
+
+def _classes_of(model: PreTrainedModel, is_converted: bool) -> tuple[str, ...]:
+    """In a GGUF file, a Mistral is called a Llama: it has the same layers."""
+    name = type(model).__name__
+    return (name, "MistralForCausalLM") if is_converted and name == "LlamaForCausalLM" else (name,)
 
 
 def _vocab_size(model: PreTrainedModel) -> int:
