@@ -56,13 +56,12 @@ from modules.loaded_model import LoadedModel
 from modules.memory import GIB, KVBudget, KVPart, available_memory, free_card_memory
 from modules.model_files import FoundModel, find_model
 from modules.model_kinds import read_json
-from modules.prequantized import prepare, quantization_of
+from modules.prequantized import prepare, quantization_of, unpack
 from modules.prompt_encoder import PromptEncoder
 from modules.rotary_positions import pin_rotary_factors, require_fixed_positions
 from modules.settings import PROJECT_ROOT, Settings
 from modules.vocabulary import Vocabulary
-from modules.weight_files import check_weights
-from modules.weight_sizes import estimate_bytes
+from modules.weight_files import check_weights, estimate_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +152,8 @@ def _start(work: Callable[[], Result]) -> Future[Result]:
 
 
 def _has_room(name: str, settings: Settings, report: Report) -> bool:
-    """While weights are loaded, none of them are in fewer bits yet.
+    """While weights are loaded, none of them are in fewer bits yet, but those that a card can leave
+    as they are in the file.
 
     Where there is none, something else will have to go: what can be said of the files without their
     weights is said before that. Loading says the rest.
@@ -161,7 +161,8 @@ def _has_room(name: str, settings: Settings, report: Report) -> bool:
     device = _choose_device(settings)
     found = _find(name, settings, report)
     try:
-        needed = estimate_bytes(found.path, _choose_dtype(settings, device).itemsize)
+        itemsize = _choose_dtype(settings, device).itemsize
+        needed = estimate_bytes(found.path, itemsize, unpacks=device == "cpu")
     except (ModelLoadError, *_FILE_FAULTS):
         return True
     if needed * ROOM_FACTOR <= _free_memory(device, settings):
@@ -420,7 +421,9 @@ def _load_weights(
             **placement,
             **options,
         )
-    model, info = result
+        model, info = result
+        if device == "cpu":
+            unpack(folder, model, _choose_dtype(settings, device))
     _require_all_weights(folder, info)
     _require_all_layers(folder, model, info["unexpected_keys"])
     # What is on the CPU is there already, and some formats cannot be moved.
@@ -526,8 +529,8 @@ def _placement(settings: Settings, device: str, is_quantized: bool = False) -> d
 
     Raises ModelLoadError if a library that does it is missing.
     """
-    if device != "cuda":
-        return {}
+    if device != "cuda":  # some libraries would choose a card that is there
+        return {"device_map": {"": device}} if is_quantized else {}
     options: dict[str, Any] = {}
     if settings.device_map is not None:
         _require_package("accelerate", "--device-map")
