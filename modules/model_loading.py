@@ -91,6 +91,10 @@ _FILE_FAULTS = (
 )
 
 
+# Of transformers, which has told the rest in a report of hundreds of lines.
+_IN_REPORT = "issues during automatic conversion of the weights"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shared:
     """What a model shares with those that it is loaded beside."""
@@ -349,6 +353,8 @@ def _first_line(error: BaseException) -> str:
     if isinstance(error, UnpicklingError):  # torch explains how to run what is in it
         return "a pickle of it is damaged, or holds other things than weights."
     lines = str(error).strip().splitlines()
+    if lines and _IN_REPORT in lines[0]:
+        return "weights are missing or damaged, or not what its config.json says."
     if isinstance(error, OSError | RuntimeError | SafetensorError | ValueError) and lines:
         return lines[0]
     return ": ".join([type(error).__name__, *lines[:1]])

@@ -27,6 +27,16 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "fp8": ("accelerate",),
     "torchao": ("torchao", "accelerate"),
 }
+# What a configuration that is not right makes transformers and the packages raise.
+_FAULTS = (
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 CARD_ONLY = ("eetq", "fbgemm_fp8", "fouroversix", "fp_quant", "higgs", "nvfp4", "spqr", "vptq")
 
 
@@ -61,7 +71,7 @@ def prepare(folder: Path, config: PretrainedConfig, settings: Settings, device: 
         elif settings.dtype in FORMATS and not (device == "cpu" and method in _UNPACKED_LATER):
             raise ValueError(f"it cannot be made {settings.dtype} when it is loaded")
         quantizer.validate_environment(device_map={"": device}, weights_only=True)
-    except (ImportError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except _FAULTS as error:
         reason, *_ = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelLoadError(
             f"{folder} cannot be loaded: its weights are in the format {method}, and {reason}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ _LENGTH_BYTES = 8
 # As the format's own library has it.
 _MAX_HEADER_BYTES = 100_000_000
 _FLOATS = ("F64", "F32", "F16", "BF16")
+_EIGHT_BITS = ("F8_E4M3", "F8_E5M2", "I8")
 # So many numbers are packed into one element of these kinds, as far as a header tells: of 4 bits.
 _PACKED = {"U8": 2, "I32": 8}
 
@@ -106,16 +107,18 @@ def _check_part(folder: Path, allow_pickle: bool, needs_weights: bool) -> None:
         return
     if not shards:
         raise ModelLoadError(f"{folder / name}.index.json is damaged: it names no files.")
-    names = [name for shard, listed in shards.items() for name in _check_shard(shard, listed)]
-    _check_layers(folder, config, names)
+    weights: dict[str, _Weight] = {}
+    for shard, names in shards.items():
+        weights |= _check_shard(shard, names)
+    _check_layers(folder, config, weights)
+    _check_scales(folder, config, weights)
 
 
-def _check_layers(folder: Path, config: Mapping[str, Any], names: Iterable[str]) -> None:
+def _check_layers(folder: Path, config: Mapping[str, Any], names: Collection[str]) -> None:
     """transformers would make as many as `config` says, and then miss their weights.
 
     Only where layers are called as most families call them: others use one several times.
     """
-    names = [*names]
     if not any(re.search(r"\blayers\.\d+\.", name) for name in names):
         return
     # Those of the part that sees may be called so, and those of the text otherwise.
@@ -127,6 +130,20 @@ def _check_layers(folder: Path, config: Mapping[str, Any], names: Iterable[str])
         raise ModelLoadError(
             f"{folder / 'config.json'} tells of {said} layers, and there are weights of only "
             f"{count}."
+        )
+
+
+def _check_scales(folder: Path, config: Mapping[str, Any], weights: Mapping[str, _Weight]) -> None:
+    """Those of 8 bits: without its scales, transformers would take one as it is."""
+    quantization = config.get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if method not in ("compressed-tensors", "fp8"):
+        return
+    scaled = {name.partition("_scale")[0] for name in weights if "_scale" in name}
+    eight = {name for name, weight in weights.items() if weight.kind in _EIGHT_BITS}
+    if lacking := sorted(name for name in eight - scaled if name.endswith(".weight")):
+        raise ModelLoadError(
+            f"{folder} lacks the scales of {len(lacking)} of its weights, such as {lacking[0]}."
         )
 
 
@@ -173,8 +190,8 @@ def _shards(folder: Path, name: str) -> dict[Path, list[str]] | None:
     return shards
 
 
-def _check_shard(path: Path, names: list[str]) -> set[str]:
-    """The names of all weights in it."""
+def _check_shard(path: Path, names: list[str]) -> dict[str, _Weight]:
+    """All weights in it, by name."""
     _require_file(path)
     weights, expected = _read_header(path)
     actual = path.stat().st_size
@@ -186,7 +203,7 @@ def _check_shard(path: Path, names: list[str]) -> set[str]:
         raise ModelLoadError(f"{path} is damaged: it has more than its {expected} bytes.")
     if missing := sorted(set(names) - set(weights)):
         raise ModelLoadError(f"{path} has no {missing[0]}, which the index says is there.")
-    return set(weights)
+    return weights
 
 
 def _read_header(path: Path) -> tuple[dict[str, _Weight], int]:

@@ -153,6 +153,26 @@ def test_on_a_cpu_fp8_becomes_numbers(model_dir: Path, tiny: Path) -> None:
         assert torch.allclose(weights[name], expected, rtol=2**-20, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("end", "message"),
+    [
+        ("weight_scale_inv", "tiny lacks the scales of 1 of its weights, such as model.layers.0."),
+        ("q_proj.weight", "tiny: weights are missing or damaged, or not what its config.json"),
+    ],
+)
+def test_damaged_fp8_is_named(end: str, message: str, model_dir: Path, tiny: Path) -> None:
+    to_fp8(tiny)
+    weights = load_file(tiny / "model.safetensors")
+    damaged = min(name for name in weights if name.endswith(end))
+    weights[damaged] = weights[damaged][1:]
+    if end == "weight_scale_inv":
+        del weights[damaged]
+    save_file(weights, tiny / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelLoadError) as error:
+        load_model("tiny", make_settings(model_dir))
+    assert message in one_line(error)
+
+
 # E2M1, of OCP's Microscaling Formats specification, by its four bits.
 FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
