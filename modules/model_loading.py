@@ -535,8 +535,9 @@ def _placement(settings: Settings, device: str, is_quantized: bool = False) -> d
 
     Raises ModelLoadError if a library that does it is missing.
     """
-    if device != "cuda":  # some libraries would choose a card that is there
-        return {"device_map": {"": device}} if is_quantized else {}
+    if device != "cuda":  # some libraries would choose a card that is there, and some want no map
+        is_card_there = torch.cuda.is_available()
+        return {"device_map": {"": device}} if is_quantized and is_card_there else {}
     options: dict[str, Any] = {}
     if settings.device_map is not None:
         _require_package("accelerate", "--device-map")

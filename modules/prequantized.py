@@ -70,7 +70,9 @@ def prepare(folder: Path, config: PretrainedConfig, settings: Settings, device: 
             given["dequantize"] = quantizer.quantization_config.dequantize = True
         elif settings.dtype in FORMATS and not (device == "cpu" and method in _UNPACKED_LATER):
             raise ValueError(f"it cannot be made {settings.dtype} when it is loaded")
-        quantizer.validate_environment(device_map={"": device}, weights_only=True)
+        quantizer.validate_environment(
+            device_map={"": device} if device == "cuda" else None, weights_only=True
+        )
     except _FAULTS as error:
         reason, *_ = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelLoadError(

@@ -108,9 +108,13 @@ def test_a_format_is_called_the_same_before_and_after_loading() -> None:
         assert quantization_of(PretrainedConfig(quantization_config=given)) == "gptq"
 
 
-def test_nothing_is_put_on_a_card_that_shall_not_be_used() -> None:
+@pytest.mark.parametrize("is_card_there", [False, True])
+def test_nothing_is_put_on_a_card_that_shall_not_be_used(
+    is_card_there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: is_card_there)
     placement = _placement(Settings(cpu=True), "cpu", is_quantized=True)
-    assert placement == {"device_map": {"": "cpu"}}
+    assert placement == ({"device_map": {"": "cpu"}} if is_card_there else {})
 
 
 def to_fp8(folder: Path) -> dict[str, torch.Tensor]:
