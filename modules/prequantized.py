@@ -1,6 +1,6 @@
 """Weights that another program has stored in fewer bits: AWQ, GPTQ, FP8 and what else transformers
-loads, each with a package of its own. Here is said beforehand what is missing for it, and seen to it
-that on a CPU they become numbers.
+loads, each with a package of its own. Says beforehand what is missing for it, and makes numbers of
+them on a CPU.
 """
 
 from __future__ import annotations
