@@ -10,7 +10,7 @@ import difflib
 import logging
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -54,11 +54,11 @@ def list_adapters(lora_dir: Path) -> list[str]:
 
 
 def read_adapter(
-    name: str, lora_dir: Path, base: str, shapes: Shapes, base_class: str | None = None
+    name: str, lora_dir: Path, base: str, shapes: Shapes, base_classes: Sequence[str] = ()
 ) -> Updates:
     """What the adapter changes in the model `base`, whose layers have these `shapes`.
 
-    `base_class`: the name of the model's class, if it is known.
+    `base_classes`: what the model's class may be called, as far as that is known.
 
     Raises:
         ModelNotFoundError: no folder in `lora_dir` has that name.
@@ -67,7 +67,7 @@ def read_adapter(
     """
     folder = find_adapter(name, lora_dir)
     config = _read_config(folder)
-    _check_base(name, config, base, base_class)
+    _check_base(name, config, base, base_classes)
     updates = _to_updates(folder, config, _read_weights(folder))
     for path, update in updates.items():
         if update.shape != shapes.get(path):
@@ -226,14 +226,14 @@ def _find_scaling(config: LoraConfig, path: str) -> tuple[int, float]:
     return rank, alpha / (rank**0.5 if config.use_rslora else rank)
 
 
-def _check_base(name: str, config: LoraConfig, base: str, base_class: str | None) -> None:
+def _check_base(name: str, config: LoraConfig, base: str, base_classes: Sequence[str]) -> None:
     """As far as its configuration tells. Raises ModelLoadError."""
     made_for = (config.auto_mapping or {}).get("base_model_class")
     named = (config.base_model_name_or_path or "").rstrip("/").rpartition("/")[2]
-    if made_for and base_class and made_for != base_class:
+    if made_for and base_classes and made_for not in base_classes:
         raise ModelLoadError(
             f"The adapter {name} was made for another base model: for a {made_for}, and {base} is "
-            f"a {base_class}."
+            f"a {' or '.join(base_classes)}."
         )
     if not made_for and named.lower() not in base.lower():
         logger.warning("The adapter %s was made for %s; it is loaded for %s", name, named, base)

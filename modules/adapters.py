@@ -28,13 +28,13 @@ class Adapters:
         base: str,
         lora_dir: Path,
         layers: AdaptableLayers | None,
-        base_class: str | None = None,
+        base_classes: Sequence[str] = (),
     ) -> None:
         """`base`: the model's name; `layers`: those of its engine, None if they cannot change;
-        `base_class`: the name of the model's class, which adapters may ask for.
+        `base_classes`: what the model's class may be called, which adapters may ask for.
         """
         self._base = base
-        self._base_class = base_class
+        self._base_classes = base_classes
         self._lora_dir = lora_dir
         self._layers = layers
         self._loaded: Mapping[str, Adapter] = MappingProxyType({})
@@ -96,6 +96,6 @@ class Adapters:
         if ":" in name:
             raise ModelLoadError(f"No adapter can be called {name}: a colon ends a model's name.")
         updates = read_adapter(
-            name, self._lora_dir, self._base, self._layers.shapes, self._base_class
+            name, self._lora_dir, self._base, self._layers.shapes, self._base_classes
         )
         return self._layers.prepare(name, updates)

@@ -117,7 +117,7 @@ def _write(folder: Path, path: Path, on_progress: Callable[[str], None]) -> None
     for name, tensor in _progress(_parameters(file, model, settings), model, on_progress):
         weights.add(name, tensor)
     weights.close()
-    _require_complete(model, weights.names)
+    _refuse_missing(set(_expected_shapes(model)) - weights.names)
     model.config.save_pretrained(folder)
     _generation_config(file).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -340,6 +340,7 @@ def _processed(
     )
     processor = processor_class(config=settings)
     names = get_gguf_hf_weights_map(_Names.of(model), processor, model_type=file.architecture)
+    _refuse_missing(_find_missing(file, model, names))
     for block in _blocks(file):
         stacked: dict[str, torch.Tensor] = {}  # some put parts of several tensors together here
         for tensor in block:
@@ -352,6 +353,16 @@ def _processed(
             if result.name in names:
                 yield names[result.name], torch.from_numpy(np.ascontiguousarray(result.weights))
         yield from stacked.items()
+
+
+def _find_missing(file: GgufFile, model: PreTrainedModel, names: dict[str, str]) -> set[str]:
+    """Tensors that `names` has the model's weights in, and the file does not have. Weights without
+    a name there are missed when all is converted.
+    """
+    expected = _expected_shapes(model)
+    there = {tensor.name for tensor in file.tensors}
+    there |= {name.removesuffix(".weight") for name in there}  # so `names` has those of experts
+    return {name for name, weight in names.items() if weight in expected} - there
 
 
 @dataclass(frozen=True)
@@ -390,10 +401,15 @@ def _transformed(
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+    renamed = {
+        tensor.name: rename_source_key(tensor.name, renamings, converters)
+        for tensor in file.tensors
+    }
+    _refuse_missing(set(_expected_shapes(model)) - {name for name, _ in renamed.values()})
     for block in _blocks(file):
         collected: dict[str, WeightConverter] = {}
         for tensor in block:
-            name, pattern = rename_source_key(tensor.name, renamings, converters)
+            name, pattern = renamed[tensor.name]
             values = torch.from_numpy(file.values(tensor))
             if pattern is None:
                 yield name, values
@@ -480,8 +496,7 @@ class _WeightFiles:
         return self._folder / f"part-{number}.safetensors"
 
 
-def _require_complete(model: PreTrainedModel, written: set[str]) -> None:
-    missing = sorted(set(_expected_shapes(model)) - written)
-    if missing:
-        some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        raise ModelLoadError(f"it lacks {len(missing)} of the model's tensors: {some}")
+def _refuse_missing(names: set[str]) -> None:
+    if names:
+        some = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+        raise ModelLoadError(f"it lacks {len(names)} of the model's tensors: {some}")

@@ -62,13 +62,12 @@ from modules.loaded_model import LoadedModel
 from modules.memory import GIB, KVBudget, KVPart, available_memory, free_card_memory
 from modules.model_files import FoundModel, find_model
 from modules.model_kinds import read_json
-from modules.prequantized import prepare, quantization_of
+from modules.prequantized import prepare, quantization_of, unpack
 from modules.prompt_encoder import PromptEncoder
 from modules.rotary_positions import pin_rotary_factors, require_fixed_positions
 from modules.settings import PROJECT_ROOT, Settings
 from modules.vocabulary import Vocabulary
-from modules.weight_files import check_weights
-from modules.weight_sizes import estimate_bytes
+from modules.weight_files import check_weights, estimate_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +95,10 @@ _FILE_FAULTS = (
     UnpicklingError,
     ValueError,
 )
+
+
+# Of transformers, which has told the rest in a report of hundreds of lines.
+_IN_REPORT = "issues during automatic conversion of the weights"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,7 +162,8 @@ def _start(work: Callable[[], Result]) -> Future[Result]:
 
 
 def _has_room(name: str, settings: Settings, report: Report) -> bool:
-    """While weights are loaded, none of them are in fewer bits yet.
+    """While weights are loaded, none of them are in fewer bits yet, but those that a card can leave
+    as they are in the file.
 
     Where there is none, something else will have to go: what can be said of the files without their
     weights is said before that. Loading says the rest.
@@ -167,7 +171,8 @@ def _has_room(name: str, settings: Settings, report: Report) -> bool:
     device = _choose_device(settings)
     found = _find(name, settings, report)
     try:
-        needed = estimate_bytes(found.path, _choose_dtype(settings, device).itemsize)
+        itemsize = _choose_dtype(settings, device).itemsize
+        needed = estimate_bytes(found.path, itemsize, unpacks=device == "cpu")
     except (ModelLoadError, *_FILE_FAULTS):
         return True
     if needed * ROOM_FACTOR <= _free_memory(device, settings):
@@ -238,7 +243,7 @@ def _load(
         found.name,
         settings.lora_dir,
         engine.runner.layers if isinstance(engine, Engine) else None,
-        base_class=type(model).__name__,
+        base_classes=_classes_of(model, is_converted=folder != found.path),
     )
     _load_adapters(adapters, settings)
     # The length is checked where a prompt comes in; transformers would only warn of it.
@@ -327,6 +332,12 @@ def _choose_config(
     )
 
 
+def _classes_of(model: PreTrainedModel, is_converted: bool) -> tuple[str, ...]:
+    """In a GGUF file, a Mistral is called a Llama: it has the same layers."""
+    name = type(model).__name__
+    return (name, "MistralForCausalLM") if is_converted and name == "LlamaForCausalLM" else (name,)
+
+
 def _vocab_size(model: PreTrainedModel) -> int:
     embeddings: Any = model.get_input_embeddings()
     return int(embeddings.num_embeddings)
@@ -350,6 +361,8 @@ def _first_line(error: BaseException) -> str:
     if isinstance(error, UnpicklingError):  # torch explains how to run what is in it
         return "a pickle of it is damaged, or holds other things than weights."
     lines = str(error).strip().splitlines()
+    if lines and _IN_REPORT in lines[0]:
+        return "weights are missing or damaged, or not what its config.json says."
     if isinstance(error, OSError | RuntimeError | SafetensorError | ValueError) and lines:
         return lines[0]
     return ": ".join([type(error).__name__, *lines[:1]])
@@ -422,7 +435,9 @@ def _load_weights(
             **placement,
             **options,
         )
-    model, info = result
+        model, info = result
+        if device == "cpu":
+            unpack(folder, model, _choose_dtype(settings, device))
     _require_all_weights(folder, info)
     _require_all_layers(folder, model, info["unexpected_keys"])
     # What is on the CPU is there already, and some formats cannot be moved.
@@ -534,8 +549,9 @@ def _placement(settings: Settings, device: str, is_quantized: bool = False) -> d
 
     Raises ModelLoadError if a library that does it is missing.
     """
-    if device != "cuda":
-        return {}
+    if device != "cuda":  # some libraries would choose a card that is there, and some want no map
+        is_card_there = torch.cuda.is_available()
+        return {"device_map": {"": device}} if is_quantized and is_card_there else {}
     options: dict[str, Any] = {}
     if settings.device_map is not None:
         _require_package("accelerate", "--device-map", "device_map")

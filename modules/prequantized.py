@@ -1,14 +1,18 @@
 """Weights that another program has stored in fewer bits: AWQ, GPTQ, FP8 and what else transformers
-loads, each with a package of its own. Here is said beforehand what is missing for it.
+loads, each with a package of its own. Says beforehand what is missing for it, and makes numbers of
+them on a CPU.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 
 from modules.engine.fused_layers import FORMATS
@@ -24,6 +28,16 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "fp8": ("accelerate",),
     "torchao": ("torchao", "accelerate"),
 }
+# What a configuration that is not right makes transformers and the packages raise.
+_FAULTS = (
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 CARD_ONLY = ("eetq", "fbgemm_fp8", "fouroversix", "fp_quant", "higgs", "nvfp4", "spqr", "vptq")
 
 
@@ -35,7 +49,7 @@ def quantization_of(config: PretrainedConfig) -> str | None:
 
 def prepare(folder: Path, config: PretrainedConfig, settings: Settings, device: str) -> None:
     """See to it that from_pretrained can load what `config` tells of. On a CPU, weights become
-    numbers again wherever transformers can do that: it has no fast way to compute with them.
+    numbers again wherever that can be done: there is no fast way to compute with them.
 
     Raises ModelLoadError, which names the format and the package, or config.json.
     """
@@ -55,16 +69,59 @@ def prepare(folder: Path, config: PretrainedConfig, settings: Settings, device: 
         )
         if device == "cpu" and hasattr(quantizer.quantization_config, "dequantize"):
             given["dequantize"] = quantizer.quantization_config.dequantize = True
-        elif settings.dtype in FORMATS:
+        elif settings.dtype in FORMATS and not (device == "cpu" and method in _UNPACKED_LATER):
             raise ValueError(f"it cannot be made {settings.dtype} when it is loaded")
         quantizer.validate_environment(
             device_map={"": device} if device == "cuda" else None, weights_only=True
         )
-    except (ImportError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except _FAULTS as error:
         reason, *_ = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelLoadError(
             f"{folder} cannot be loaded: its weights are in the format {method}, and {reason}"
         ) from error
+
+
+def unpack(folder: Path, model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """What has been loaded onto a CPU, and is not numbers yet, though it can be.
+
+    Raises ModelLoadError: it is of a kind that cannot.
+    """
+    method = quantization_of(model.config)
+    if method not in _UNPACKED_LATER:
+        return
+    try:
+        _UNPACKED_LATER[method](model, dtype)
+    except NotImplementedError as error:
+        raise ModelLoadError(
+            f"{folder} cannot be loaded: its weights are in the format {method}, and of a kind "
+            "that only a CUDA card can compute with"
+        ) from error
+    nn.Module.to(model, dtype)  # what was not packed is still as it is in the file
+
+
+def _unpack_bitsandbytes(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    model.dequantize(dtype)
+
+
+def _unpack_torchao(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Which transformers does not do. Some of its kinds compute with activations of one type only,
+    and some make those of a request depend on its neighbours in the batch.
+    """
+    from torchao.utils import TorchAOBaseTensor
+
+    for module in model.modules():
+        for name, weight in [*module.named_parameters(recurse=False)]:
+            if isinstance(weight, TorchAOBaseTensor):
+                module.register_parameter(name, nn.Parameter(weight.dequantize().to(dtype), False))
+    quantizer: Any = model.hf_quantizer
+    quantizer.remove_quantization_config(model)
+
+
+# What can be made numbers once it is loaded, and not while it is.
+_UNPACKED_LATER: dict[str | None, Callable[[PreTrainedModel, torch.dtype], None]] = {
+    "bitsandbytes": _unpack_bitsandbytes,
+    "torchao": _unpack_torchao,
+}
 
 
 def _require_packages(method: str, device: str) -> None:
@@ -84,6 +141,7 @@ def _find(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def _method(given: dict[str, Any]) -> str | None:
-    is_bitsandbytes = given.get("load_in_8bit") or given.get("load_in_4bit")
+    if given.get("load_in_8bit") or given.get("load_in_4bit"):
+        return "bitsandbytes"
     method = given.get("quant_method")
-    return "bitsandbytes" if is_bitsandbytes else method and str(method)
+    return method and str(getattr(method, "value", method))  # an enumeration's, once it is loaded

@@ -1,4 +1,5 @@
-"""The files of weights in a model's folder: which there are, and whether they are whole.
+"""The files of a model's weights: which there are, whether they are whole, and how much memory
+they will take.
 
 Only their headers are read: what is cut off, or not to be loaded, is said before minutes of work.
 Format of safetensors: https://github.com/huggingface/safetensors#format
@@ -8,12 +9,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from zipfile import is_zipfile
 
 from modules.errors import ModelLoadError
+from modules.gguf_file import GgufFile
 from modules.model_kinds import read_json
 
 SAFETENSORS = "model.safetensors"
@@ -23,6 +26,21 @@ PICKLE_PATTERN = "pytorch_model*.bin"
 _LENGTH_BYTES = 8
 # As the format's own library has it.
 _MAX_HEADER_BYTES = 100_000_000
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_EIGHT_BITS = ("F8_E4M3", "F8_E5M2", "I8")
+# So many numbers are packed into one element of these kinds, as far as a header tells: of 4 bits.
+_PACKED = {"U8": 2, "I32": 8}
+
+
+class _Weight(NamedTuple):
+    """As a file's header tells of it."""
+
+    kind: str
+    size: int
+    """In elements."""
+    start: int
+    """In bytes from the end of the header, as is `end`."""
+    end: int
 
 
 def check_weights(folder: Path, allow_pickle: bool) -> None:
@@ -38,6 +56,29 @@ def has_all_weights(folder: Path, allow_pickle: bool) -> bool:
     names = (SAFETENSORS, PICKLE) if allow_pickle else (SAFETENSORS,)
     found = (_shards(folder, name) for name in names)
     return any(shards and all(shard.is_file() for shard in shards) for shards in found)
+
+
+def estimate_bytes(path: Path, itemsize: int, unpacks: bool) -> int:
+    """How much memory a model in transformers' format or a .gguf file takes while it is loaded,
+    with `itemsize` bytes per number. `unpacks`: what another program has packed becomes numbers,
+    too. Some libraries compute with it as it is, for which this is too much.
+
+    Raises ModelLoadError, OSError, ValueError: a file is damaged. Pickles count as they are on the
+    disk, in half precision.
+    """
+    if path.suffix == ".gguf":
+        return sum(prod(tensor.shape) for tensor in GgufFile(path).tensors) * itemsize
+    files = list(path.glob("*.safetensors"))
+    if not files:
+        return sum(file.stat().st_size for file in path.glob("*.bin")) // 2 * itemsize
+    weights = (weight for file in files for weight in _read_header(file)[0].values())
+    return sum(_estimate_weight(weight, itemsize, unpacks) for weight in weights)
+
+
+def _estimate_weight(weight: _Weight, itemsize: int, unpacks: bool) -> int:
+    if weight.kind in _FLOATS or unpacks:
+        return weight.size * _PACKED.get(weight.kind, 1) * itemsize
+    return weight.end - weight.start
 
 
 def parts_of(folder: Path) -> list[Path]:
@@ -66,16 +107,18 @@ def _check_part(folder: Path, allow_pickle: bool, needs_weights: bool) -> None:
         return
     if not shards:
         raise ModelLoadError(f"{folder / name}.index.json is damaged: it names no files.")
-    names = [name for shard, listed in shards.items() for name in _check_shard(shard, listed)]
-    _check_layers(folder, config, names)
+    weights: dict[str, _Weight] = {}
+    for shard, names in shards.items():
+        weights |= _check_shard(shard, names)
+    _check_layers(folder, config, weights)
+    _check_scales(folder, config, weights)
 
 
-def _check_layers(folder: Path, config: Mapping[str, Any], names: Iterable[str]) -> None:
+def _check_layers(folder: Path, config: Mapping[str, Any], names: Collection[str]) -> None:
     """transformers would make as many as `config` says, and then miss their weights.
 
     Only where layers are called as most families call them: others use one several times.
     """
-    names = [*names]
     if not any(re.search(r"\blayers\.\d+\.", name) for name in names):
         return
     # Those of the part that sees may be called so, and those of the text otherwise.
@@ -87,6 +130,20 @@ def _check_layers(folder: Path, config: Mapping[str, Any], names: Iterable[str])
         raise ModelLoadError(
             f"{folder / 'config.json'} tells of {said} layers, and there are weights of only "
             f"{count}."
+        )
+
+
+def _check_scales(folder: Path, config: Mapping[str, Any], weights: Mapping[str, _Weight]) -> None:
+    """Those of 8 bits: without its scales, transformers would take one as it is."""
+    quantization = config.get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if method not in ("compressed-tensors", "fp8"):
+        return
+    scaled = {name.partition("_scale")[0] for name in weights if "_scale" in name}
+    eight = {name for name, weight in weights.items() if weight.kind in _EIGHT_BITS}
+    if lacking := sorted(name for name in eight - scaled if name.endswith(".weight")):
+        raise ModelLoadError(
+            f"{folder} lacks the scales of {len(lacking)} of its weights, such as {lacking[0]}."
         )
 
 
@@ -133,10 +190,10 @@ def _shards(folder: Path, name: str) -> dict[Path, list[str]] | None:
     return shards
 
 
-def _check_shard(path: Path, names: list[str]) -> set[str]:
-    """The names of all weights in it."""
+def _check_shard(path: Path, names: list[str]) -> dict[str, _Weight]:
+    """All weights in it, by name."""
     _require_file(path)
-    known, expected = _read_header(path)
+    weights, expected = _read_header(path)
     actual = path.stat().st_size
     if actual < expected:
         raise ModelLoadError(
@@ -144,22 +201,28 @@ def _check_shard(path: Path, names: list[str]) -> set[str]:
         )
     if actual > expected:
         raise ModelLoadError(f"{path} is damaged: it has more than its {expected} bytes.")
-    if missing := sorted(set(names) - known):
+    if missing := sorted(set(names) - set(weights)):
         raise ModelLoadError(f"{path} has no {missing[0]}, which the index says is there.")
-    return known
+    return weights
 
 
-def _read_header(path: Path) -> tuple[set[str], int]:
-    """Names of the weights, and how many bytes the file should have."""
+def _read_header(path: Path) -> tuple[dict[str, _Weight], int]:
+    """The weights by name, and how many bytes the file should have."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
         content = file.read(length) if length <= _MAX_HEADER_BYTES else b""
     try:
         header = json.loads(content)
         header.pop("__metadata__", None)
-        ends = [int(entry["data_offsets"][1]) for entry in header.values()]
+        weights = {name: _to_weight(entry) for name, entry in header.items()}
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ModelLoadError(
             f"{path} is incomplete or damaged: its header is not whole. Download it again."
         ) from error
-    return set(header), _LENGTH_BYTES + length + max(ends, default=0)
+    ends = (weight.end for weight in weights.values())
+    return weights, _LENGTH_BYTES + length + max(ends, default=0)
+
+
+def _to_weight(entry: Mapping[str, Any]) -> _Weight:
+    start, end = entry["data_offsets"]
+    return _Weight(str(entry["dtype"]), prod(entry["shape"]), int(start), int(end))

@@ -13,18 +13,24 @@ import pytest
 import torch
 from peft import IA3Config, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
+from modules import conversions
 from modules.adapter_files import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, list_adapters
 from modules.adapters import Adapters
 from modules.engine.engine import Engine, EngineConfig
 from modules.errors import AdapterNotFoundError, ModelLoadError, ModelNotFoundError
+from modules.gguf import convert
 from modules.loaded_model import LoadedModel
+from modules.model_loading import load_model
 from modules.models import ModelManager
 from modules.settings import Settings
 from tests import fakes
 from tests.adapters import save_adapter
 from tests.engine.conftest import CONFIGS, build_model, request, run, token_ids
 from tests.fakes import FakeEngine, build_tokenizer
+from tests.modules.conftest import make_settings
+from tests.modules.test_gguf import write_llama
 
 PROMPT = list(range(3, 80))
 
@@ -43,7 +49,7 @@ def lora_dir(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def adapters(engine: Engine, lora_dir: Path) -> Adapters:
-    return Adapters("tiny", lora_dir, engine.runner.layers, "LlamaForCausalLM")
+    return Adapters("tiny", lora_dir, engine.runner.layers, ["LlamaForCausalLM"])
 
 
 def generate(engine: Engine, adapters: Adapters, *names: str) -> list[int]:
@@ -119,6 +125,22 @@ def test_of_another_architecture_with_the_same_shapes(
         caplog.clear()
         adapters.load(["pirate"])
         assert ("was made for huge" in caplog.text) is warns
+
+
+def test_a_gguf_file_may_be_a_mistral(tmp_path: Path) -> None:
+    """Which llama.cpp calls a Llama."""
+    path = write_llama(tmp_path / "tiny.gguf")
+    base = AutoModelForCausalLM.from_pretrained(convert(path, tmp_path / conversions.FOLDER))
+    save_adapter(base, tmp_path / "pirate")
+    model = load_model("tiny", make_settings(tmp_path, lora_dir=tmp_path))
+    try:
+        edit_config(tmp_path / "pirate", auto_mapping={"base_model_class": "MistralForCausalLM"})
+        model.adapters.load(["pirate"])
+        edit_config(tmp_path / "pirate", auto_mapping={"base_model_class": "Gemma2ForCausalLM"})
+        with pytest.raises(ModelLoadError, match="a LlamaForCausalLM or MistralForCausalLM"):
+            model.adapters.load(["pirate"])
+    finally:
+        model.engine.stop()
 
 
 def test_names_with_a_colon(adapters: Adapters, lora_dir: Path) -> None:

@@ -252,7 +252,7 @@ def test_architecture_of_the_newer_mapping(tmp_path: Path) -> None:
     assert torch.equal(model.model.layers[0].conv.conv.weight, expected)
 
 
-def write_lfm2(path: Path) -> None:
+def write_lfm2(path: Path, leave_out: str = "") -> None:
     writer = gguf.GGUFWriter(path, "lfm2")
     writer.add_context_length(128)
     writer.add_embedding_length(WIDTH)
@@ -293,7 +293,8 @@ def write_lfm2(path: Path) -> None:
         }
     rng = np.random.default_rng(0)
     for name, shape in shapes.items():
-        writer.add_tensor(name, rng.normal(0, 0.1, shape).astype(np.float32))
+        if name != leave_out:
+            writer.add_tensor(name, rng.normal(0, 0.1, shape).astype(np.float32))
     close(writer)
 
 
@@ -415,11 +416,23 @@ def test_unsupported_architecture(tmp_path: Path) -> None:
         convert(path, tmp_path / "cache", silent)
 
 
-def test_missing_tensor(tmp_path: Path) -> None:
-    path = write_llama(tmp_path / "tiny.gguf", leave_out="blk.1.ffn_up.weight")
-    with pytest.raises(ModelLoadError, match="up_proj"):
+@pytest.mark.parametrize("name", ["blk.1.ffn_up.weight", "output_norm.weight"])
+def test_missing_tensor(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_llama(tmp_path / "tiny.gguf", leave_out=name)
+    monkeypatch.delattr(GgufFile, "values")  # it is told from the header
+    with pytest.raises(ModelLoadError, match=rf"tiny\.gguf .* lacks 1 .* tensors: {name}$"):
         convert(path, tmp_path / "cache", silent)
     assert not [entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir()]
+
+
+def test_missing_tensor_of_the_newer_mapping(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "lfm2.gguf"
+    write_lfm2(path, leave_out="blk.1.attn_k.weight")
+    monkeypatch.delattr(GgufFile, "values")
+    with pytest.raises(ModelLoadError, match=r"lacks 1 .*1\.self_attn\.k_proj\.weight$"):
+        convert(path, tmp_path / "cache", silent)
 
 
 @pytest.mark.parametrize("said", [0, LAYERS - 1, LAYERS + 1])

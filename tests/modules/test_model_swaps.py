@@ -21,7 +21,7 @@ from modules.loaded_model import LoadedModel
 from modules.memory import release_memory
 from modules.model_files import DEFAULT_MODEL, find_bundled
 from modules.model_loading import Shared, load_model
-from modules.weight_sizes import estimate_bytes
+from modules.weight_files import estimate_bytes
 from tests.modules.conftest import build_model, make_settings, save
 from tests.modules.test_model_loading import KV_BYTES, memory_for
 
@@ -154,11 +154,11 @@ def test_the_size_of_weights_is_foreseen(wide: list[Path], dtype: str, itemsize:
     held: Any = model.engine._engine.runner._model
     expected = sum({p.data_ptr(): p.nbytes for p in held.parameters()}.values())
     model.close()
-    assert estimate_bytes(wide[0], itemsize) == pytest.approx(expected, rel=0.05)
+    assert estimate_bytes(wide[0], itemsize, unpacks=True) == pytest.approx(expected, rel=0.05)
 
 
 def test_the_size_of_a_gguf_files_weights_is_foreseen() -> None:
     path = find_bundled(DEFAULT_MODEL)
     if path is None:
         pytest.skip("the bundled model is not installed")
-    assert estimate_bytes(path, 4) == pytest.approx(134_515_008 * 4, rel=0.05)
+    assert estimate_bytes(path, 4, unpacks=True) == pytest.approx(134_515_008 * 4, rel=0.05)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from modules.errors import ModelLoadError
 from modules.model_loading import load_model
-from modules.weight_files import check_weights, has_all_weights
+from modules.weight_files import check_weights, estimate_bytes, has_all_weights
 from tests.modules.conftest import build_model, make_settings, one_line
 
 Damage = Callable[[Path], object]
@@ -71,6 +71,25 @@ def test_layers_that_are_not_there(
         else nullcontext()
     ):
         check_weights(tmp_path, allow_pickle=False)
+
+
+@pytest.mark.parametrize(
+    ("weight", "unpacked", "kept"),
+    [
+        (torch.zeros(6, dtype=torch.float16), 24, 24),
+        (torch.zeros(6, dtype=torch.float8_e4m3fn), 24, 6),
+        (torch.zeros(6, dtype=torch.int8), 24, 6),
+        (torch.zeros(3, dtype=torch.uint8), 24, 3),  # two numbers each
+        (torch.zeros(3, dtype=torch.int32), 96, 12),  # eight
+    ],
+    ids=lambda value: str(value.dtype) if isinstance(value, torch.Tensor) else None,
+)
+def test_how_much_memory_packed_weights_take(
+    weight: torch.Tensor, unpacked: int, kept: int, tmp_path: Path
+) -> None:
+    save_file({"weight": weight}, tmp_path / "model.safetensors")
+    assert estimate_bytes(tmp_path, 4, unpacks=True) == unpacked
+    assert estimate_bytes(tmp_path, 4, unpacks=False) == kept
 
 
 @pytest.mark.parametrize(
