@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 
 from modules.engine.fused_layers import FORMATS
-from modules.errors import ModelLoadError
+from modules.errors import ModelLoadError, UnfitSettingError
 from modules.settings import Settings
 
 # `quant_method` of config.json → packages, as pip calls them. What is not here, transformers says.
@@ -51,7 +51,8 @@ def prepare(folder: Path, config: PretrainedConfig, settings: Settings, device: 
     """See to it that from_pretrained can load what `config` tells of. On a CPU, weights become
     numbers again wherever that can be done: there is no fast way to compute with them.
 
-    Raises ModelLoadError, which names the format and the package, or config.json.
+    Raises ModelLoadError, which names the format and the package, or config.json; UnfitSettingError
+    where it is there, and not in the bits that are asked for.
     """
     given = _find(config)
     if not given:
@@ -70,7 +71,11 @@ def prepare(folder: Path, config: PretrainedConfig, settings: Settings, device: 
         if device == "cpu" and hasattr(quantizer.quantization_config, "dequantize"):
             given["dequantize"] = quantizer.quantization_config.dequantize = True
         elif settings.dtype in FORMATS and not (device == "cpu" and method in _UNPACKED_LATER):
-            raise ValueError(f"it cannot be made {settings.dtype} when it is loaded")
+            raise UnfitSettingError(
+                f"{folder} cannot be loaded: its weights are in the format {method}, and it cannot "
+                f"be made {settings.dtype} when it is loaded",
+                "dtype",
+            )
         quantizer.validate_environment(
             device_map={"": device} if device == "cuda" else None, weights_only=True
         )
