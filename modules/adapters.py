@@ -71,12 +71,13 @@ class Adapters:
             self._loaded = MappingProxyType({**self._loaded, **new})
 
     def unload(self, names: Sequence[str] | None = None) -> None:
-        """These, or all of them. Who generates with one goes on with it.
+        """These; None: all of them. Who generates with one goes on with it.
 
         Raises AdapterNotFoundError, which blames the field `lora_names`; then, nothing changes.
         """
         with self._is_changing:
-            leaving = [self.get(name, "lora_names").name for name in names or self.names]
+            wanted = self.names if names is None else names
+            leaving = [self.get(name, "lora_names").name for name in wanted]
             kept = {name: each for name, each in self._loaded.items() if name not in leaving}
             self._loaded = MappingProxyType(kept)
 

@@ -72,6 +72,20 @@ class SleepingModel:
     wish: _Wish
 
 
+# Of a load: what the files or the settings are to blame for.
+_FAILURES = (ModelLoadError, ModelNotFoundError, SettingsError)
+
+
+@contextmanager
+def _logged_failures(name: str) -> Iterator[None]:
+    """Not at the start of the server, which ends with them."""
+    try:
+        yield
+    except _FAILURES as error:
+        logger.error("%s could not be loaded: %s", name, error)
+        raise
+
+
 class _Place:
     """A loaded model, and who uses it."""
 
@@ -157,8 +171,7 @@ class ModelLease:
         found = self._manager.find_name(own_name)
         try:
             self._place = await self._manager.take(own_name)
-        except (ModelLoadError, ModelNotFoundError, SettingsError) as error:
-            logger.error("%s could not be loaded for a request: %s", found, error)
+        except _FAILURES as error:
             if self._tells_all:
                 raise
             raise ModelLoadError(
@@ -316,7 +329,8 @@ class ModelManager:
         if own_name not in self._places:  # else another request has had it loaded meanwhile
             sleeping = self._asleep.get(own_name)
             wish = sleeping.wish if sleeping else _Wish(own_name, self._settings)
-            own_name = (await self._exchange(wish, report_nothing)).name
+            with _logged_failures(own_name):
+                own_name = (await self._exchange(wish, report_nothing)).name
         return self._places[own_name]
 
     # Changes
@@ -334,8 +348,14 @@ class ModelManager:
 
         Raises what `load_model` raises; then, everything stays as it was.
         """
+        with _logged_failures(name):
+            return await self._load_named(name, overrides or {}, report)
+
+    async def _load_named(
+        self, name: str, overrides: Mapping[str, Any], report: Report = report_nothing
+    ) -> LoadedModel:
         own_name = self._settings.model_aliases.get(name, name)
-        wish = _Wish(own_name, replace(self._settings, **(overrides or {})))
+        wish = _Wish(own_name, replace(self._settings, **overrides))
         return await self._change(self._load(wish, report))
 
     async def _load(self, wish: _Wish, report: Report) -> LoadedModel:
@@ -352,9 +372,9 @@ class ModelManager:
 
     async def load_all(self, names: Sequence[str]) -> None:
         """At start; the first one is the default. Raises what `load_model` raises."""
-        first = await self.load(names[0], {"lora": self._first_lora})
+        first = await self._load_named(names[0], {"lora": self._first_lora})
         for name in names[1:]:
-            await self.load(name)
+            await self._load_named(name, {})
         self._default = first.name
 
     async def unload(self, name: str | None = None) -> None:

@@ -1083,9 +1083,7 @@ class LoadAdaptersRequest(WireModel):
 class UnloadAdaptersRequest(WireModel):
     model_config = _example({})
 
-    lora_names: list[str] | None = Field(
-        default=None, description="Those to unload; all, if there are none here."
-    )
+    lora_names: list[str] | None = Field(default=None, description="Those to unload. null: all.")
     model: str | None = Field(default=None, description="Name of the loaded model that has them.")
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -167,16 +167,16 @@ class ImageEmbedder:
         device: torch.device,
         transform: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        """`device`: where token ids are looked up; `transform`: what makes of an image's embeddings
-        those that the layers read, if that is something else.
+        """`device`: where token ids are looked up; `transform`: what makes of what the model sees
+        the embeddings that its layers read, if its own embeddings have been changed.
         """
         self._model = model
         self._device = device
-        self._transform = transform or (lambda embeddings: embeddings)
+        self._transform = transform
         self._kept: OrderedDict[tuple[int, ...], tuple[EmbeddedImage, ...]] = OrderedDict()
 
     def embed(self, images: ImageInputs) -> tuple[EmbeddedImage, ...]:
-        """Raises ValueError where the model counts positions in a way that is not known here."""
+        """Raises what `split_images` raises."""
         embedded = self._kept.pop(images.keys, None)
         if embedded is None:
             embedded = self._look_at(images)
@@ -186,10 +186,15 @@ class ImageEmbedder:
         return embedded
 
     def _look_at(self, images: ImageInputs) -> tuple[EmbeddedImage, ...]:
-        embedded = split_images(images, record_text_inputs(self._model, images, self._device))
-        return tuple(
-            replace(image, embeddings=self._transform(image.embeddings)) for image in embedded
-        )
+        handed = record_text_inputs(self._model, images, self._device)
+        if self._transform is not None:
+            embed: Any = self._model.get_input_embeddings()
+            embeddings: Tensor = handed["inputs_embeds"]
+            ids = torch.tensor([images.separated_token_ids], device=self._device)
+            # An image's tokens may be words too, such as marks between its rows.
+            seen = (embeddings != embed(ids)).any(-1)
+            embeddings[seen] = self._transform(embeddings[seen])
+        return split_images(images, handed)
 
     @property
     def _num_kept_bytes(self) -> int:
@@ -227,7 +232,8 @@ def record_text_inputs(
 def split_images(images: ImageInputs, handed: dict[str, Any]) -> tuple[EmbeddedImage, ...]:
     """Each image by itself, of what has been recorded for all of them.
 
-    Raises ValueError where the model counts positions in a way that is not known here.
+    Raises ValueError unless a text has, after an image as well, the same number on all axes: then
+    positions do not go on one by one.
     """
     embeddings: Tensor = handed["inputs_embeds"][0]
     positions: Tensor | None = handed.get("position_ids")
@@ -239,7 +245,9 @@ def split_images(images: ImageInputs, handed: dict[str, Any]) -> tuple[EmbeddedI
     start = first_position = 0
     for own in images.token_ids:
         end = start + len(own)
-        (after,) = set(axes[:, end].tolist())  # of a text, all are the same
+        after, *others = axes[:, end].tolist()
+        if others != [after] * len(others):
+            raise ValueError("the position of a text differs from axis to axis")
         embedded.append(
             EmbeddedImage(
                 embeddings[start:end].clone(),

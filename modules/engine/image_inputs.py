@@ -34,7 +34,11 @@ class ImageInputs:
         return tuple(chain.from_iterable((*own, self.separator_id) for own in self.token_ids))
 
     def find_places(self, token_ids: Sequence[int]) -> tuple[range, ...]:
-        """Where in a prompt each image is. Raises ValueError if it does not have them, in order."""
+        """Where in a prompt each image is. Raises ValueError if it does not have them, in order, or
+        if one has no tokens.
+        """
+        if not all(self.token_ids):
+            raise ValueError("an image has no tokens")
         places = []
         start = 0
         for own in self.token_ids:

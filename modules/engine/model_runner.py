@@ -154,7 +154,7 @@ class ModelRunner:
 
     def _look_at_images(self, batch: ScheduledBatch) -> None:
         for seq in (item.seq for item in batch.items):
-            if seq.images is not None and not seq.placed_images:
+            if seq.images is not None and seq.must_look:
                 with _TURN:
                     embedded = self._embedder.embed(seq.images)
                 seq.placed_images = place_images(embedded, seq.image_places)

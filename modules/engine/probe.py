@@ -82,14 +82,13 @@ def probe(model: PreTrainedModel, images: ImageInputs | None = None) -> None:
     """Let `model` read two sequences side by side and each alone, and compare; once more with
     what it makes of `images`, if there are any.
 
-    It has the engine's attention from then on.
+    It has its own attention afterwards, as before.
 
-    Raises NotBatchableError if the results differ, or if the model cannot do it at all; then it has
-    its own attention as before.
+    Raises NotBatchableError if the results differ, or if the model cannot do it at all.
     """
     if not can_batch(model):
         raise _refusal(model, "it is no decoder whose attention can be exchanged")
-    own_attention = model.config._attn_implementation
+    own_attention = _attention_of_parts(model)
     model.eval()
     try:
         with torch.inference_mode(), _short_windows(model):
@@ -98,11 +97,18 @@ def probe(model: PreTrainedModel, images: ImageInputs | None = None) -> None:
                 _compare(model, _embed(model, images))
     except torch.OutOfMemoryError:
         raise  # says nothing about the model
-    except (NotBatchableError, *_FAULTS) as error:
-        model.set_attn_implementation(own_attention)
-        if isinstance(error, NotBatchableError):
-            raise
+    except _FAULTS as error:
         raise _refusal(model, f"{type(error).__name__} in a trial run") from error
+    finally:
+        model.set_attn_implementation(own_attention)
+
+
+def _attention_of_parts(model: PreTrainedModel) -> dict[str, Any]:
+    """In the form that `set_attn_implementation` takes. The part that sees may have another."""
+    config = model.config
+    parts = {name: getattr(config, name, None) for name in config.sub_configs}
+    own = {name: part._attn_implementation for name, part in parts.items() if part is not None}
+    return {"": config._attn_implementation, **own}
 
 
 @torch.inference_mode()

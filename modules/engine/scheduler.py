@@ -245,11 +245,13 @@ class Scheduler:
 
     def _admit(self, budget: int) -> list[ScheduledSequence]:
         """First come, first served; but who waits for what is just being read lets others pass,
-        and keeps a place among the running ones. Who pauses reads nothing, and takes no place.
+        and keeps a place among the running ones; so does who has images to be looked at, while the
+        step is for those of another: that takes long. Who pauses reads nothing, and takes no place.
         """
         items: list[ScheduledSequence] = []
         num_passed = 0
         being_read = {self._cache.next_content(seq) for seq in self.active if self.waiting}
+        is_looking = any(seq.must_look for seq in self.active)
         for seq in tuple(self.waiting):
             if seq.is_background and self.has_foreground:
                 break
@@ -257,6 +259,9 @@ class Scheduler:
             # Two that go together are let in even where only one may run.
             if num_taken > 0 and num_taken + len(seq.unit) > self._max_num_seqs:
                 break
+            if seq.must_look and is_looking:
+                num_passed += len(seq.unit)
+                continue
             prefixes = [self._cache.find_prefix(member) for member in seq.unit]
             if any(p.missing is not None and p.missing in being_read for p in prefixes):
                 num_passed += len(seq.unit)
@@ -266,6 +271,7 @@ class Scheduler:
             if not self._allocate_or_preempt(seq.unit):
                 break
             self._start(seq)
+            is_looking |= seq.must_look
             for reader in self._choose_readers(seq.unit, budget):
                 items.append(self._build_item(reader))
                 budget -= items[-1].num_tokens

@@ -99,7 +99,7 @@ class Sequence:
         self.images = request.images
         self.image_places = self.images.find_places(self.token_ids) if self.images else ()
         self.placed_images: tuple[PlacedImage, ...] = ()
-        """What is read there; the runner fills it in when it comes to it."""
+        """What is read there. Only the runner knows, once it has looked."""
         # Only what a step looks at is kept.
         self.history = GrowingArray(self.token_ids) if self.plan.needs_history else None
         self.output_counts = TokenCounts() if self.plan.needs_counts else None
@@ -131,6 +131,11 @@ class Sequence:
         """What runs or waits together: a sequence, and its companion after it."""
         primary = self.primary or self
         return (primary, primary.companion) if primary.companion else (primary,)
+
+    @property
+    def must_look(self) -> bool:
+        """It has images that have not been looked at."""
+        return self.images is not None and not self.placed_images
 
     @property
     def only_scores(self) -> bool:

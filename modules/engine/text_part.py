@@ -1,4 +1,4 @@
-"""The part of a model that reads texts: what is between its embeddings and its head.
+"""The part of a model that reads texts: from its embeddings to what its head reads.
 
 A model that only reads texts has little else; one that sees has the part that sees beside it.
 """
@@ -23,5 +23,8 @@ class TextPart:
 
 
 def find_text_part(model: PreTrainedModel) -> TextPart:
+    """What transformers calls the model's decoder; some call a layer of their head so."""
     module = model.get_decoder()
+    if not isinstance(module, PreTrainedModel):
+        module = model.base_model
     return TextPart(next(path for path, each in model.named_modules() if each is module), module)

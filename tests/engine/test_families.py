@@ -32,6 +32,8 @@ BATCHED: dict[str, dict[str, Any] | PretrainedConfig] = {
     "phi": {},
     "phi3": {"sliding_window": WINDOW},
     "gpt2": {},
+    # what transformers takes for its decoder is its head
+    "modernbert-decoder": {"cls_token_id": 1, "sep_token_id": 2},
     "gpt_bigcode": {},
     "gpt_neox": {},
     "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},

@@ -71,14 +71,14 @@ def show(kind: str, name: str, *seeds: int, before: int = 5, **params: object) -
     return replace(request(name, prompt, **params), images=images)
 
 
-def generate(model: PreTrainedModel, wish: SequenceRequest, **options: int) -> list[int]:
+def generate(model: PreTrainedModel, wish: SequenceRequest) -> list[int]:
     """By transformers."""
     ids = torch.tensor([wish.prompt_token_ids])
-    inputs = {"attention_mask": torch.ones_like(ids)}
+    inputs: dict[str, Any] = {"attention_mask": torch.ones_like(ids)}
     if wish.images is not None:
         inputs |= wish.images.to_arguments(wish.prompt_token_ids, model.device, model.dtype)
-    options = {"max_new_tokens": wish.params.max_tokens or 0, **options}
-    output = model.generate(ids, do_sample=False, pad_token_id=0, **inputs, **options)
+    inputs["max_new_tokens"] = wish.params.max_tokens
+    output = model.generate(ids, do_sample=False, pad_token_id=0, **inputs)
     return output[0, ids.shape[1] :].tolist()
 
 
@@ -204,6 +204,24 @@ def test_a_picture_is_looked_at_once(
     }
 
 
+def test_a_step_looks_for_one_only(
+    kind: str, model: PreTrainedModel, make_engine: EngineFactory
+) -> None:
+    """So the others get their next tokens in between."""
+    engine = make_engine(model)
+    engine.add(request("text", [70, 71], max_tokens=30))
+    engine.step()
+    for seed in range(3):
+        engine.add(show(kind, str(seed), seed))
+    engine.add(request("late", [72]))
+    with counted_looks(engine) as looks:
+        for number in range(1, 4):
+            ids = [output.request_id for output in engine.step()]
+            assert looks == [1] * number
+            assert {"text", "late"} < {*ids}
+    run(engine)
+
+
 def test_a_look_that_fails_is_one_generations_fault(
     kind: str, model: PreTrainedModel, make_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -257,6 +275,9 @@ def test_only_images_that_are_in_the_prompt(kind: str, make_engine: EngineFactor
     wish = show(kind, "a", 1, 2)
     with pytest.raises(ValueError, match="not in"):
         engine.add(replace(wish, prompt_token_ids=wish.prompt_token_ids[:12]))
+    nothing = replace(build_inputs(kind, 1), token_ids=((),))
+    with pytest.raises(ValueError, match="no tokens"):
+        engine.add(replace(wish, images=nothing))
     assert not engine.has_unfinished
 
 
@@ -379,7 +400,9 @@ def test_families_that_the_probe_lets_through(name: str, make_engine: EngineFact
     ]
     expected = [generate(model, wish) for wish in wishes]
     assert expected[0] != generate(model, replace(wishes[0], images=None))
+    attention = [module.config._attn_implementation for module in own_parts(model)]
     probe(model, images)
+    assert [module.config._attn_implementation for module in own_parts(model)] == attention
     engine = make_engine(model, max_num_batched_tokens=16, max_num_seqs=4)
     for wish in (*wishes, request("text", [60, 61])):
         engine.add(wish)
@@ -419,6 +442,12 @@ def test_in_fewer_bits_an_image_says_nearly_the_same(
     if dtype == "int4":
         round_weights(model.model.language_model)
     wish = show("llava", "a", 1, 2, max_tokens=1)
+    assert wish.images is not None
+    # Some families write words among an image's tokens, as marks.
+    marked = tuple((50, *own[:2], 51, *own[2:]) for own in wish.images.token_ids)
+    prompt = [*wish.prompt_token_ids[:5], *marked[0], 60, *marked[1], 61]
+    images = replace(wish.images, token_ids=marked)
+    wish = replace(wish, prompt_token_ids=tuple(prompt), images=images)
     quantized = copy.deepcopy(model)
     assert quantize_model(quantized, dtype)
     rows = []

@@ -410,7 +410,7 @@ async def test_a_request_whose_model_cannot_be_loaded_says_why_to_whom_that_conc
             (await loading.next()).future.set_exception(error)
             with pytest.raises(ServerError, match=told):
                 await task
-            assert caplog.messages == [f"b could not be loaded for a request: {error}"]
+            assert caplog.messages == [f"b could not be loaded: {error}"]
     assert manager.current.name == "a"
 
 

@@ -95,7 +95,9 @@ async def test_some_are_unloaded(client: httpx.AsyncClient) -> None:
     assert (await unload("pirate", "pirate")).json() == "OK"
     assert await read(client) == ("tiny", poet[1])
     assert (await unload("pirate")).status_code == 404
-    assert (await unload()).json() == "OK"
+    assert (await unload()).json() == "OK"  # of none, none
+    assert (await client.get("/v1/internal/model/info")).json()["lora_names"] == ["poet"]
+    assert (await client.post(UNLOAD, headers=ADMIN)).json() == "OK"
     assert (await client.get("/v1/internal/model/info")).json()["lora_names"] == []
 
 
