@@ -63,13 +63,12 @@ def test_a_sensible_sentence(http: httpx.Client) -> None:
 
 def test_the_next_turn_finds_the_ones_before(http: httpx.Client) -> None:
     messages = ask("Tell me about the capital of France, its history, and its rivers. " * 6)
-    options = {"temperature": 0, "max_tokens": 100}
-    first = chat(http, messages=messages, **options)
+    first = chat(http, messages=messages, temperature=0, max_tokens=100)
     assert first["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
     messages += [first["choices"][0]["message"], *ask("And of Italy?")]
-    second = chat(http, messages=messages, **options)["usage"]
+    second = chat(http, messages=messages, max_tokens=2)["usage"]
     assert second["prompt_tokens_details"]["cached_tokens"] > first["usage"]["prompt_tokens"]
-    again = chat(http, messages=messages, n=3, **options)["usage"]
+    again = chat(http, messages=messages, n=3, max_tokens=2)["usage"]
     assert again["prompt_tokens_details"]["cached_tokens"] <= second["prompt_tokens"]
 
 
