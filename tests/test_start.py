@@ -180,7 +180,6 @@ def test_tests_run_with_everything_installed(project, tmp_path):
     ]
     assert f"pytest got ['-k', 'x y'] in {project}" in run.output
     assert run.returncode == 5
-    assert "pytest got ['-n', '2'," in start(project, "test").output
 
 
 def test_failed_installation_names_the_step_and_is_tried_again(project):
