@@ -25,7 +25,6 @@ QUESTIONS = (
     "Write a haiku about rain, then explain it in one sentence.",
     "Why?",
 )
-NUM_TOKENS = 10
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +38,6 @@ def model(folder: Path) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     model.generation_config.eos_token_id = None
     return model
-
-
-@pytest.fixture(scope="module")
-def quantized(model: PreTrainedModel) -> PreTrainedModel:
-    quantized = copy.deepcopy(model)
-    assert quantize_model(quantized)
-    return quantized
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +56,7 @@ def serve(model: PreTrainedModel, prompts: list[list[int]], **params: object) ->
     engine = Engine(model, EngineConfig(max_model_len=512, num_cache_tokens=4096))
     outputs: dict[str, list[int]] = {}
     for number, prompt in enumerate(prompts):
-        engine.add(request(str(number), prompt, max_tokens=NUM_TOKENS, seed=number, **params))
+        engine.add(request(str(number), prompt, max_tokens=16, seed=number, **params))
         for output in engine.step():
             outputs.setdefault(output.request_id, []).append(output.token_id)
     for name, rest in run(engine).items():
@@ -73,7 +65,7 @@ def serve(model: PreTrainedModel, prompts: list[list[int]], **params: object) ->
 
 
 def test_float32_equals_generate(model: PreTrainedModel, prompts: list[list[int]]) -> None:
-    expected = [generate(model, prompt, max_new_tokens=NUM_TOKENS) for prompt in prompts]
+    expected = [generate(model, prompt, max_new_tokens=16) for prompt in prompts]
     assert serve(copy.deepcopy(model), prompts) == expected
 
 
@@ -93,23 +85,26 @@ def test_a_prompts_scores_are_those_of_transformers(
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_int8_is_the_same_in_any_company(
-    quantized: PreTrainedModel, prompts: list[list[int]], temperature: float
+    model: PreTrainedModel, prompts: list[list[int]], temperature: float
 ) -> None:
+    quantized = copy.deepcopy(model)
+    assert quantize_model(quantized)
     together = serve(quantized, prompts, temperature=temperature)
     for number, prompt in enumerate(prompts):
         engine = Engine(quantized, EngineConfig(max_model_len=512, num_cache_tokens=512))
-        wish = {"max_tokens": NUM_TOKENS, "seed": number, "temperature": temperature}
-        engine.add(request("alone", prompt, **wish))
+        engine.add(request("alone", prompt, max_tokens=16, seed=number, temperature=temperature))
         assert token_ids(run(engine)["alone"]) == together[number]
 
 
 def test_int8_is_the_same_with_prompt_lookup(
-    quantized: PreTrainedModel, prompts: list[list[int]]
+    model: PreTrainedModel, prompts: list[list[int]]
 ) -> None:
     """To the last bit: what is guessed is rounded as what is generated token by token.
 
     Processors round in ways of their own, so nobody knows which text repeats itself: one of some.
     """
+    quantized = copy.deepcopy(model)
+    assert quantize_model(quantized)
     engine = Engine(quantized, EngineConfig(max_model_len=512, num_cache_tokens=4096))
     num_tokens = num_reads = 0
     for seed, temperature in enumerate((0.0, 0.3, 0.8)):
