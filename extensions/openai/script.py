@@ -77,10 +77,9 @@ def setup(context: Context) -> None:
     admin_router = build_router(context.settings.admin_key)
     for admin_endpoints in ADMIN_ENDPOINTS:
         admin_endpoints.add_admin_routes(admin_router, context)
-    context.app.include_router(router)
-    context.app.include_router(admin_router)
     options_route = OptionsRoute("/{path:path}", _answer_options, methods=["OPTIONS"])
-    context.app.router.routes.append(options_route)
+    # As they are: `include_router` would build each once more, while the first request waits.
+    context.app.router.routes.extend([*router.routes, *admin_router.routes, options_route])
     add_docs(context.app)
     add_error_handlers(context.app)
     _add_middleware(context.app, context.settings)

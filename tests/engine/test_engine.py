@@ -51,8 +51,8 @@ def test_ragged_staggered_batch_equals_generate(name: str, make_engine) -> None:
 def test_growing_past_a_block_equals_generate(make_engine, tiny_model) -> None:
     engine = make_engine()
     prompt = random_prompts(1, seed=5)[0]
-    engine.add(request("long", prompt, max_tokens=300))
-    assert token_ids(run(engine)["long"]) == generate(tiny_model, prompt, max_new_tokens=300)
+    engine.add(request("long", prompt, max_tokens=150))
+    assert token_ids(run(engine)["long"]) == generate(tiny_model, prompt, max_new_tokens=150)
 
 
 def test_preempted_sequences_start_over_and_end_the_same(make_engine, tiny_model) -> None:
@@ -183,16 +183,15 @@ def test_memory_of_ended_sequences_is_used_again(make_engine) -> None:
     assert engine.cache_manager.num_free_blocks == engine.cache_manager.num_blocks
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_later_turns_are_the_same_as_without_the_earlier_ones(
-    name: str, temperature: float, make_engine
-) -> None:
+def test_later_turns_are_the_same_as_without_the_earlier_ones(name: str, make_engine) -> None:
     model = build_model(name)
     engine = make_engine(model, max_num_batched_tokens=256)
     conversation = random_prompts(1, 400, seed=4)[0]
     for turn in range(4):
-        wish = request(str(turn), conversation, max_tokens=70, seed=turn, temperature=temperature)
+        wish = request(
+            str(turn), conversation, max_tokens=70, seed=turn, temperature=float(turn % 2)
+        )
         engine.add(wish)
         cold = make_engine(model, max_num_batched_tokens=256)
         cold.add(wish)

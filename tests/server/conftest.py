@@ -19,7 +19,7 @@ from tests.conftest import run_server
 from tests.stable_diffusion import WebUi
 
 # A reply without `max_tokens` ends here: a small model may go on and on, and a test with it.
-MAX_MODEL_LEN = 768
+MAX_MODEL_LEN = 512
 START_TIMEOUT = 240.0
 """Seconds: the first start converts the bundled model."""
 URL = re.compile(r"OpenAI compatible API: (\S+)/v1")

