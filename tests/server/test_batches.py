@@ -18,7 +18,7 @@ from .conftest import Server
 
 pytestmark = pytest.mark.server
 
-NUM_LINES = 240
+NUM_LINES = 500
 WAIT_SECONDS = 240.0
 URL = "/v1/completions"
 
