@@ -43,7 +43,7 @@ class FittedPrompt:
     token_ids: tuple[int, ...]
     num_dropped_messages: int = 0
     """Of the client's."""
-    images: ImageInputs | None = None
+    images: tuple[ImageInputs, ...] = ()
     """Of the messages that are left."""
 
 

@@ -41,11 +41,19 @@ class ImageReader:
             raise ValueError("it has no token for images")
         self.placeholder_id: int = tokenizer.get_added_vocab()[self.placeholder]
         self.chat_template: str | dict[str, str] | None = processor.chat_template
-        self.sample = self.read([_draw_sample()])
+        self.sample = self.read([_draw_sample(64, 48)])
         """Of one small picture, to try a model with."""
+        self.reads_apart = False
+        """Whether the pictures of a prompt are read one by one, whatever is beside them."""
+
+    def try_apart(self) -> None:
+        """Do that from now on, if the same tokens come of it, which not all processors do."""
+        pictures = [_draw_sample(64, 48), _draw_sample(200, 80)]
+        alone = [self.read([picture]).token_ids[0] for picture in pictures]
+        self.reads_apart = self.read(pictures).token_ids == tuple(alone)
 
     def read(self, pictures: Sequence[Image.Image]) -> ImageInputs:
-        """At least one. How many tokens one has may depend on the others."""
+        """At least one, together. How many tokens one has may depend on the others."""
         text = f"{self.placeholder}{self._separator}" * len(pictures)
         with self._lock:
             features = self._processor(
@@ -63,10 +71,10 @@ class ImageReader:
         return ImageInputs(token_ids, keys, self._separator_id, dict(features), token_kinds)
 
 
-def _draw_sample() -> Image.Image:
+def _draw_sample(width: int, height: int) -> Image.Image:
     from PIL import Image
 
-    return Image.linear_gradient("L").resize((64, 48)).convert("RGB")
+    return Image.linear_gradient("L").resize((width, height)).convert("RGB")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,14 +86,16 @@ class ShownImage:
 
 
 class RequestImages:
-    """The images of one request. Those that stay in its prompt are read once, all together."""
+    """The images of one request. Those that stay in its prompt are read once."""
 
     def __init__(self, reader: ImageReader, images: Sequence[ShownImage]) -> None:
         self._reader = reader
         self._images = tuple(images)
         self._known: dict[tuple[int, ...], ImageInputs] = {}
 
-    def place(self, numbers: tuple[int, ...], token_ids: TokenIds) -> tuple[TokenIds, ImageInputs]:
+    def place(
+        self, numbers: tuple[int, ...], token_ids: TokenIds
+    ) -> tuple[TokenIds, tuple[ImageInputs, ...]]:
         """A prompt with the tokens of the images of these numbers, and what else the model needs.
 
         Raises TemplateError where the prompt has not as many places, and InvalidRequestError where
@@ -95,15 +105,20 @@ class RequestImages:
         if token_ids.count(place) != len(numbers):
             raise TemplateError("The chat template does not write one place per image.", "messages")
         images = self._read(numbers)
-        rest = iter(images.token_ids)
+        rest = chain.from_iterable(group.token_ids for group in images)
         expanded = (next(rest) if token_id == place else (token_id,) for token_id in token_ids)
         return tuple(chain.from_iterable(expanded)), images
 
     def count_tokens(self) -> list[int]:
         """Of each image, where all of them are in the prompt. Raises InvalidRequestError."""
-        return list(map(len, self._read(tuple(range(len(self._images)))).token_ids))
+        groups = self._read(tuple(range(len(self._images))))
+        return [len(token_ids) for group in groups for token_ids in group.token_ids]
 
-    def _read(self, numbers: tuple[int, ...]) -> ImageInputs:
+    def _read(self, numbers: tuple[int, ...]) -> tuple[ImageInputs, ...]:
+        groups = [(number,) for number in numbers] if self._reader.reads_apart else [numbers]
+        return tuple(map(self._read_together, groups))
+
+    def _read_together(self, numbers: tuple[int, ...]) -> ImageInputs:
         if numbers not in self._known:
             shown = [self._images[number] for number in numbers]
             try:

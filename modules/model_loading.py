@@ -222,6 +222,8 @@ def _load(
     report(LoadProgress(LoadStage.TRYING_OUT))
     with _blame_weights(found.path, model):
         is_batched = try_out(found.name, model, wished_model_len, reader)
+        if reader is not None and is_batched:
+            reader.try_apart()  # so that each is looked at once, whatever comes after it
     # After the probe, which compares with the model's own layers.
     # As the files have them, unless they have become numbers again.
     stored = None if settings.dtype in FORMATS else quantization_of(model.config)

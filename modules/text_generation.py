@@ -71,7 +71,7 @@ class TextRequest:
     """Given a prompt and its tokens, what is read in their place. Called in a thread."""
     make_logits_processors: Callable[[TokenIds], tuple[LogitsProcessor, ...]] | None = None
     """Given a prompt's tokens, what changes the logits of one choice. Called in a thread."""
-    images: ImageInputs | None = None
+    images: tuple[ImageInputs, ...] = ()
     """Of the prompt, which is then one of token ids: those of its images are in it."""
 
 
@@ -166,7 +166,7 @@ def _to_prompt(model: LoadedModel, prompt: str | tuple[int, ...], request: TextR
         encoded = encoded.cut(request.truncation.max_prompt_len)
     if request.edit_tokens is not None:
         encoded = EncodedPrompt(request.edit_tokens(prompt, encoded.token_ids))
-    if request.images is not None and encoded.token_ids != prompt:
+    if request.images and encoded.token_ids != prompt:
         message = "The prompt has images: it can be neither cut nor changed."
         raise InvalidRequestError(message, request.prompt_param)
     _check(model, encoded.token_ids, max_len, request.prompt_param)

@@ -35,7 +35,7 @@ class ChatPrompt:
     token_ids: tuple[int, ...]
     num_dropped_messages: int
     stop_strings: tuple[str, ...]
-    images: ImageInputs | None = None
+    images: tuple[ImageInputs, ...] = ()
 
 
 def build_chat_prompt(

@@ -188,9 +188,10 @@ class GenerateEngine:
         return decoding
 
     def _to_image_arguments(self, seq: Sequence, read: list[int]) -> dict[str, Any]:
-        if seq.images is None:
+        if not seq.images:
             return {}
-        return seq.images.to_arguments(read, self._model.device, self._model.dtype)
+        (images,) = seq.images  # here, those of one prompt are read together
+        return images.to_arguments(read, self._model.device, self._model.dtype)
 
 
 def _decode(

@@ -159,7 +159,7 @@ def added(model: PreTrainedModel, rows: Sequence[ImageRows], num_rows: int) -> I
 
 
 class ImageEmbedder:
-    """The images of a model's prompts. Those that were seen last are not looked at again."""
+    """The images of a model's prompts. Those that were seen lately are not looked at again."""
 
     def __init__(
         self,
@@ -176,7 +176,7 @@ class ImageEmbedder:
         self._kept: OrderedDict[tuple[int, ...], tuple[EmbeddedImage, ...]] = OrderedDict()
 
     def embed(self, images: ImageInputs) -> tuple[EmbeddedImage, ...]:
-        """Raises what `split_images` raises."""
+        """Each of `images`. Raises what `split_images` raises."""
         embedded = self._kept.pop(images.keys, None)
         if embedded is None:
             embedded = self._look_at(images)

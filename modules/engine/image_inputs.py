@@ -15,7 +15,9 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ImageInputs:
-    """Of the images of one prompt, in their order."""
+    """Of images that were read together, in the order of their prompt. Of one, if those beside it
+    change nothing.
+    """
 
     token_ids: tuple[tuple[int, ...], ...]
     """Of each image, what stands for it in the prompt."""
@@ -33,21 +35,20 @@ class ImageInputs:
         """A prompt of nothing but the images, a separator after each."""
         return tuple(chain.from_iterable((*own, self.separator_id) for own in self.token_ids))
 
-    def find_places(self, token_ids: Sequence[int]) -> tuple[range, ...]:
-        """Where in a prompt each image is. Raises ValueError if it does not have them, in order, or
-        if one has no tokens.
+    def find_places(self, token_ids: Sequence[int], start: int) -> list[range]:
+        """Where in a prompt each image is, from `start` on. Raises ValueError if it does not have
+        them, in order, or if one has no tokens.
         """
         if not all(self.token_ids):
             raise ValueError("an image has no tokens")
         places = []
-        start = 0
         for own in self.token_ids:
             start = token_ids.index(own[0], start)
             while tuple(token_ids[start : start + len(own)]) != own:
                 start = token_ids.index(own[0], start + 1)
             places.append(range(start, start + len(own)))
             start += len(own)
-        return tuple(places)
+        return places
 
     def to_arguments(
         self, token_ids: Sequence[int], device: torch.device, dtype: torch.dtype

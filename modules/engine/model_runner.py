@@ -7,7 +7,7 @@ from __future__ import annotations
 import inspect
 import threading
 from dataclasses import dataclass, replace
-from itertools import accumulate, groupby, islice, pairwise
+from itertools import accumulate, chain, groupby, islice, pairwise
 from typing import Any
 
 import numba
@@ -154,10 +154,11 @@ class ModelRunner:
 
     def _look_at_images(self, batch: ScheduledBatch) -> None:
         for seq in (item.seq for item in batch.items):
-            if seq.images is not None and seq.must_look:
+            if seq.must_look:
                 with _TURN:
-                    embedded = self._embedder.embed(seq.images)
-                seq.placed_images = place_images(embedded, seq.image_places)
+                    embedded = [self._embedder.embed(group) for group in seq.images]
+                images = [*chain.from_iterable(embedded)]
+                seq.placed_images = place_images(images, seq.image_places)
 
     def _replay(self, packed: _Packed, batch: ScheduledBatch) -> Tensor | None:
         """The logits, if this step is one that can be recorded."""

@@ -226,7 +226,7 @@ def _generate(model: PreTrainedModel, images: ImageInputs | None) -> None:
     length = 2 * len(prompt)
     engine = GenerateEngine(model, EngineConfig(max_model_len=length, num_cache_tokens=length))
     params = SamplingParams(temperature=0.0, max_tokens=NUM_GENERATED_TOKENS)
-    engine.add(SequenceRequest("probe", prompt, params, images=images))
+    engine.add(SequenceRequest("probe", prompt, params, images=(images,) if images else ()))
     while engine.has_unfinished:
         engine.step()
 

@@ -8,6 +8,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from enum import Enum, auto
 from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -48,8 +49,8 @@ class SequenceRequest:
     """Their updates are added up. They must have been prepared for the engine's own layers."""
     is_background: bool = False
     """Nobody waits for it: it goes on only while nothing else is there to be generated."""
-    images: ImageInputs | None = None
-    """Whose tokens are in the prompt."""
+    images: tuple[ImageInputs, ...] = ()
+    """Whose tokens are in the prompt, in order."""
 
     @property
     def num_longest_prompt_tokens(self) -> int:
@@ -97,7 +98,10 @@ class Sequence:
         self.token_rules = to_token_rules(params, eos_token_ids)
         self.logits_processors = request.logits_processors
         self.images = request.images
-        self.image_places = self.images.find_places(self.token_ids) if self.images else ()
+        self.image_places: list[range] = []
+        for group in request.images:
+            start = self.image_places[-1].stop if self.image_places else 0
+            self.image_places += group.find_places(self.token_ids, start)
         self.placed_images: tuple[PlacedImage, ...] = ()
         """What is read there. Only the runner knows, once it has looked."""
         # Only what a step looks at is kept.
@@ -135,7 +139,7 @@ class Sequence:
     @property
     def must_look(self) -> bool:
         """It has images that have not been looked at."""
-        return self.images is not None and not self.placed_images
+        return bool(self.images) and not self.placed_images
 
     @property
     def only_scores(self) -> bool:
@@ -170,7 +174,7 @@ class Sequence:
     def read_content(self, start: int, end: int) -> tuple[int, ...]:
         """What is read at [start, end): tokens, and negative numbers where an image is."""
         content = self.token_ids[start:end]
-        keys = self.images.keys if self.images else ()
+        keys = chain.from_iterable(group.keys for group in self.images)
         for place, key in zip(self.image_places, keys, strict=True):
             own = range(max(start, place.start), min(end, place.stop))
             content[own.start - start : own.start - start + len(own)] = [-1 - key] * len(own)

@@ -37,14 +37,13 @@ def _inputs(kind: str, seed: int, tensors: dict[str, Any], kinds: dict[str, Any]
 def show(kind: str, name: str, seed: int = 0, **params: object) -> SequenceRequest:
     start = [QWEN_IDS["vision_start_token_id"]]
     prompt = [40, 41, *start, *[PLACES[kind]] * 4, 42, 43]
-    return replace(request(name, prompt, **params), images=build_inputs(kind, seed))
+    return replace(request(name, prompt, **params), images=(build_inputs(kind, seed),))
 
 
 def generate(model: PreTrainedModel, wish: SequenceRequest) -> list[int]:
     """By transformers."""
     ids = torch.tensor([wish.prompt_token_ids])
-    assert wish.images is not None
-    inputs = wish.images.to_arguments(wish.prompt_token_ids, model.device, model.dtype)
+    inputs = wish.images[0].to_arguments(wish.prompt_token_ids, model.device, model.dtype)
     output = model.generate(ids, do_sample=False, max_new_tokens=12, **inputs)
     return output[0, ids.shape[1] :].tolist()
 
@@ -104,8 +103,7 @@ def test_a_prompt_is_scored_with_its_images(kind: str) -> None:
     model = build_vision_model(kind)
     wish = show(kind, "a", prompt_logprobs=True, num_logprobs=0, max_tokens=2)
     ids = torch.tensor([wish.prompt_token_ids])
-    assert wish.images is not None
-    inputs = wish.images.to_arguments(wish.prompt_token_ids, model.device, model.dtype)
+    inputs = wish.images[0].to_arguments(wish.prompt_token_ids, model.device, model.dtype)
     with torch.inference_mode():
         logprobs = model(input_ids=ids, **inputs).logits[0].log_softmax(-1)
     engine = make(model)

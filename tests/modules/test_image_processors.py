@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from transformers import Cohere2VisionConfig
 
+from modules.engine.image_inputs import ImageInputs
 from modules.errors import InvalidRequestError, ModelLoadError, TemplateError
 from modules.image_processors import load_image_reader
 from modules.image_reader import RequestImages, ShownImage
@@ -103,3 +106,28 @@ def test_a_picture_that_the_processor_refuses(folder: Path) -> None:
     assert token_ids == (7, *reader.read([draw(0)]).token_ids[0], 8)
     with pytest.raises(TemplateError):
         images.place((0,), (reader.placeholder_id,) * 2)
+
+
+def test_pictures_are_read_apart_where_that_changes_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some processors give an image fewer tokens where there are several."""
+    reader = load_image_reader(folder, {})
+    assert reader is not None
+    places = (reader.placeholder_id,) * 2
+    shown = [ShownImage(draw(number), "") for number in range(2)]
+    together = RequestImages(reader, shown).place((0, 1), places)
+    reader.try_apart()
+    apart = RequestImages(reader, shown).place((0, 1), places)
+    assert [len(images) for _, images in (together, apart)] == [1, 2]
+    assert together[0] == apart[0]
+
+    read = reader.read
+
+    def read_shorter(pictures: Sequence[Image.Image]) -> ImageInputs:
+        inputs = read(pictures)
+        return replace(inputs, token_ids=tuple(ids[len(pictures) :] for ids in inputs.token_ids))
+
+    monkeypatch.setattr(reader, "read", read_shorter)
+    reader.try_apart()
+    assert len(RequestImages(reader, shown).place((0, 1), places)[1]) == 1

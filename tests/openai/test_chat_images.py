@@ -160,6 +160,7 @@ async def test_the_ids_are_transformers_own(seeing: LoadedModel, oracle: Oracle)
     """Also where a search reads the prompt again with what has been generated."""
     inputs = oracle.read(TWO, PICTURES_OF["two"])
     reader = seeing.image_reader
+    assert reader.reads_apart
     images = reader.read(PICTURES_OF["two"])
     prompt = tuple(inputs["input_ids"][0].tolist())
     ways: list[tuple[BeamOptions | None, dict[str, int]]] = [(None, {})]
@@ -167,7 +168,7 @@ async def test_the_ids_are_transformers_own(seeing: LoadedModel, oracle: Oracle)
         ways.append((BeamOptions(num_beams=3), {"num_beams": 3}))
     for search, options in ways:
         params = SamplingParams(temperature=0.0, max_tokens=LENGTH)
-        request = TextRequest(prompts=(prompt,), params=params, images=images, search=search)
+        request = TextRequest(prompts=(prompt,), params=params, images=(images,), search=search)
         generation = await generate(seeing, request)
         outputs = [output async for delta in generation.deltas for output in delta.outputs]
         assert [output.token_id for output in outputs] == oracle.generate(inputs, **options)
