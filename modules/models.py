@@ -82,7 +82,7 @@ def _logged_failures(name: str) -> Iterator[None]:
     try:
         yield
     except _FAILURES as error:
-        logger.error("%s could not be loaded: %s", name, error)
+        logger.error("%s could not be loaded: %s", name[:100], error)
         raise
 
 
