@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -24,6 +25,8 @@ from modules.settings import Settings
 from tests.fakes import FakeEngine, FakeModelManager, build_model, build_tokenizer
 
 WAIT_SECONDS = 30
+# Where a shell has put the tests into the background, the programs that they start would ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 MakeApp = Callable[..., FastAPI]
 LoadScripts = Callable[..., FastAPI]
