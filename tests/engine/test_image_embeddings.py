@@ -18,10 +18,13 @@ from transformers import (
     Idefics3Config,
     InternVLConfig,
     LlavaNextConfig,
+    LlavaOnevisionConfig,
     Mistral3Config,
+    PaliGemmaConfig,
     PretrainedConfig,
     PreTrainedModel,
     Qwen3VLConfig,
+    SmolVLMConfig,
 )
 
 from modules.engine.cache_manager import BLOCK_SIZE
@@ -328,6 +331,39 @@ def build_idefics3() -> tuple[PretrainedConfig, int, dict[str, Tensor]]:
     return config, 4, {"pixel_values": _draw(0, 1, 1, 3, SIDE, SIDE)}
 
 
+def build_smolvlm() -> tuple[PretrainedConfig, int, dict[str, Tensor]]:
+    config = SmolVLMConfig(
+        text_config=text("llama"), vision_config=CLIP, image_token_id=PLACE, scale_factor=2
+    )
+    return config, 4, {"pixel_values": _draw(0, 1, 1, 3, SIDE, SIDE)}
+
+
+def build_llava_onevision() -> tuple[PretrainedConfig, int, dict[str, Tensor]]:
+    config = LlavaOnevisionConfig(
+        text_config=text("qwen2"),
+        vision_config={**CLIP, "model_type": "siglip_vision_model", "vision_use_head": False},
+        image_token_index=PLACE,
+        image_grid_pinpoints=[[SIDE, SIDE]],
+    )
+    sizes = torch.tensor([[SIDE, SIDE]])
+    return config, 36, {"pixel_values": _draw(0, 1, 2, 3, SIDE, SIDE), "image_sizes": sizes}
+
+
+def build_paligemma() -> tuple[PretrainedConfig, int, dict[str, Tensor]]:
+    config = PaliGemmaConfig(
+        text_config=text("gemma"),
+        vision_config={
+            **CLIP,
+            "model_type": "siglip_vision_model",
+            "vision_use_head": False,
+            "projection_dim": 64,
+        },
+        image_token_index=PLACE,
+        projection_dim=64,
+    )
+    return config, 16, {"pixel_values": _draw(0, 1, 3, SIDE, SIDE)}
+
+
 def build_internvl() -> tuple[PretrainedConfig, int, dict[str, Tensor]]:
     sizes = {"image_size": [SIDE, SIDE], "patch_size": [PATCH, PATCH]}
     config = InternVLConfig(
@@ -404,8 +440,10 @@ BATCHED: dict[str, Build] = {
     "idefics3": build_idefics3,
     "internvl": build_internvl,
     "llava_next": build_llava_next,
+    "llava_onevision": build_llava_onevision,
     "mistral3": build_mistral3,
     "qwen3_vl": build_qwen3_vl,
+    "smolvlm": build_smolvlm,
 }
 
 
@@ -435,6 +473,12 @@ def test_what_looks_ahead_in_images_is_refused() -> None:
     with pytest.raises(NotBatchableError, match="does not read images from left to right"):
         probe(model, images)
     assert [module.config._attn_implementation for module in own_parts(model)] == attention
+
+
+def test_what_looks_ahead_in_texts_too_is_refused() -> None:
+    model, images = build_family("paligemma", build_paligemma)
+    with pytest.raises(NotBatchableError, match="its results would be wrong"):
+        probe(model, images)
 
 
 def test_images_that_are_more_than_embeddings_are_refused() -> None:

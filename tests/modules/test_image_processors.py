@@ -128,6 +128,14 @@ def test_pictures_are_read_apart_where_that_changes_nothing(
         inputs = read(pictures)
         return replace(inputs, token_ids=tuple(ids[len(pictures) :] for ids in inputs.token_ids))
 
-    monkeypatch.setattr(reader, "read", read_shorter)
-    reader.try_apart()
+    def read_one(pictures: Sequence[Image.Image]) -> ImageInputs:
+        (picture,) = pictures
+        return read([picture])
+
+    for other in (read_shorter, read_one):
+        monkeypatch.setattr(reader, "read", other)
+        reader.reads_apart = True
+        reader.try_apart()
+        assert not reader.reads_apart
+    monkeypatch.setattr(reader, "read", read)
     assert len(RequestImages(reader, shown).place((0, 1), places)[1]) == 1

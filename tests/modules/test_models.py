@@ -62,6 +62,14 @@ async def load(manager: ModelManager, loading: FakeLoading, name: str) -> FakeEn
     return engine
 
 
+async def load_two(make: Make, loading: FakeLoading) -> ModelManager:
+    """a and b; there is no place for another one."""
+    manager = make(max_loaded_models=2)
+    for name in "ab":
+        await load(manager, loading, name)
+    return manager
+
+
 async def settle() -> None:
     """Let everything go on that can."""
     for _ in range(20):
@@ -214,9 +222,7 @@ async def test_progress_is_handed_on(make: Make, loading: FakeLoading) -> None:
 async def test_where_there_are_too_many_the_longest_unused_goes(
     make: Make, loading: FakeLoading
 ) -> None:
-    manager = make(max_loaded_models=2)
-    await load(manager, loading, "a")
-    await load(manager, loading, "b")
+    manager = await load_two(make, loading)
     with manager.lease() as lease:
         assert (await lease.get("a")).name == "a"
     await load(manager, loading, "c")
@@ -287,9 +293,7 @@ async def test_those_that_make_room_can_be_unloaded_before_others_that_wait_for_
 async def test_what_cannot_come_back_does_not_hide_why_it_had_to_go(
     make: Make, loading: FakeLoading
 ) -> None:
-    manager = make(max_loaded_models=2)
-    await load(manager, loading, "a")
-    await load(manager, loading, "b")
+    manager = await load_two(make, loading)
     loading.has_room = False
     task = begin(manager.load("c", {"max_model_len": 64}))
     (await loading.next()).future.set_exception(ModelLoadError("It is damaged."))
